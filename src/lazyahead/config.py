@@ -1,0 +1,186 @@
+"""The two strategies, each the whole of its own settings: frozen, validated, printable."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lazyahead.errors import ConfigError
+from lazyahead.prefill.schedule import Schedule
+from lazyahead.prefill.score import SCORERS, LastToken, Random, Scorer, Window
+
+Revival = Literal["demand", "percentile", "never"]
+
+
+@dataclass(frozen=True)
+class LazyPrefill:
+    """How a prompt is read (LazyLLM, arXiv 2407.14057). `None` in its place reads everything.
+
+    Raises ConfigError for a setting that cannot mean anything, naming the value.
+    """
+
+    schedule: Schedule = ((0.33, 0.4), (0.5, 0.2), (0.75, 0.1))
+    """(depth, keep ratio) pairs: after this fraction of the layers, this fraction of the prompt goes on."""
+    scorer: Scorer = field(default_factory=Window)
+    """Which tokens matter. The paper's is `LastToken()`."""
+    revive: Revival = "demand"
+    """`demand`: a token whose attention passes the threshold comes back. `percentile`: the paper's rule, the best
+    `keep_ratio` of the prompt are selected anew at every step. `never`: what was deferred stays out."""
+    revive_threshold: float = 0.01
+    """Demand: attention (mean over heads) that the running token must pay to a deferred one."""
+    revive_limit: int = 16
+    """Demand: most tokens that one row may bring back at one boundary, best first."""
+    protect_first: int = 4
+    """Prompt tokens at the start that always go on."""
+    protect_last: int = 32
+    """Prompt tokens at the end that always go on (the last one always does)."""
+    protect_question: bool = True
+    """Whether the question always goes on, where the caller says where it is."""
+    min_tokens: int = 256
+    """Shorter prompts gain nothing and are read whole."""
+
+    def __post_init__(self) -> None:
+        _check_schedule(self.schedule, needs_attention=self.scorer.queries > 0)
+        if self.revive not in get_args(Revival):
+            raise ConfigError(f"revive must be one of {', '.join(get_args(Revival))}, got {self.revive!r}")
+        if not (isfinite(self.revive_threshold) and 0 <= self.revive_threshold <= 1):
+            raise ConfigError(f"revive_threshold is an attention weight in 0..1, got {self.revive_threshold}")
+        for name in ("revive_limit", "protect_first", "protect_last", "min_tokens"):
+            _check_count(name, getattr(self, name))
+
+    @classmethod
+    def paper(cls) -> LazyPrefill:
+        """The paper to the letter: last token, one layer, no protection, percentile selection at every step.
+
+        Figure 4's sketch: 30 % dropped after 30, 60 and 90 % of the layers.
+        """
+        schedule = ((0.3, 0.7), (0.6, 0.49), (0.9, 0.343))
+        return cls(schedule, LastToken(), "percentile", 0.0, 0, 0, 0, False, 0)
+
+    @classmethod
+    def random_drop(cls, keep_ratio: float = 0.5, seed: int = 0) -> LazyPrefill:
+        """The paper's baseline: tokens dropped at random before the first layer, for good."""
+        return cls(((0.0, keep_ratio),), Random(seed), revive="never")
+
+    @classmethod
+    def static_prune(cls, keep_ratio: float = 0.5, depth: float = 0.25) -> LazyPrefill:
+        """The paper's baseline: pruned once, by the attention of the first layers, for good."""
+        return cls(((depth, keep_ratio),), LastToken(), revive="never")
+
+    @classmethod
+    def preset(cls, name: str) -> LazyPrefill:
+        """A named trade-off, see `PRESETS`. Raises ConfigError for an unknown name."""
+        if name not in PRESETS:
+            raise ConfigError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+    @classmethod
+    def load(cls, path: str | Path) -> LazyPrefill:
+        """Reads a profile that `save` wrote. Raises ConfigError for anything else."""
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"no profile at {path}; presets are {', '.join(PRESETS)}") from None
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"{path} is not a profile: {error}") from None
+        return cls.from_dict(values.get("prefill", values))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LazyPrefill:
+        """The inverse of `to_dict`. Raises ConfigError naming a field that does not exist."""
+        values = dict(values)
+        scorer = dict(values.pop("scorer", {"name": "window"}))
+        kind = scorer.pop("name", None)
+        if kind not in SCORERS:
+            raise ConfigError(f"no scorer is called {kind!r}; there are {', '.join(SCORERS)}")
+        try:
+            schedule = tuple((float(depth), float(ratio)) for depth, ratio in values.pop("schedule"))
+            return cls(schedule=schedule, scorer=SCORERS[kind](**scorer), **values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"not a LazyPrefill profile: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as benchmarks record them."""
+        names = {kind: name for name, kind in SCORERS.items()}
+        scorer = {"name": names[type(self.scorer)], **asdict(self.scorer)}  # type: ignore[index, call-overload]
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**values, "schedule": [list(pair) for pair in self.schedule], "scorer": scorer}
+
+    def save(self, path: str | Path) -> None:
+        """Writes a profile (TOML) that `load` and `--prefill` take."""
+        lines = ["[prefill]"]
+        for name, value in self.to_dict().items():
+            text = "{ " + ", ".join(f"{k} = {json.dumps(v)}" for k, v in value.items()) + " }" \
+                if isinstance(value, dict) else json.dumps(value)
+            lines.append(f"{name} = {text}")
+        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Lookahead:
+    """How an answer is drafted ahead (Lookahead, arXiv 2312.12728). `None` in its place writes token by token.
+
+    Raises ConfigError for a setting that cannot mean anything, naming the value.
+    """
+
+    decoding_length: int = 64
+    """Most draft tokens in one pass."""
+    branch_length: int = 16
+    """Depth of the trie: most tokens that one pass can accept, the bonus token apart."""
+    mode: Literal["hierarchical", "parallel", "single"] = "hierarchical"
+    """Branches with shared prefixes merged, side by side, or only the best one."""
+    memory: str | None = None
+    """File that remembers answers between requests; off unless named."""
+    namespace: str = "default"
+    """Whose answers these are. A namespace never sees another's."""
+    capacity_bytes: int = 64 << 20
+    """Most memory that remembered answers may take."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("hierarchical", "parallel", "single"):
+            raise ConfigError(f"mode must be hierarchical, parallel or single, got {self.mode!r}")
+        for name in ("decoding_length", "branch_length", "capacity_bytes"):
+            _check_count(name, getattr(self, name), least=1)
+        if not self.namespace:
+            raise ConfigError("namespace must not be empty; leave it out for 'default'")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as benchmarks record them."""
+        return asdict(self)
+
+
+def _check_count(name: str, value: object, least: int = 0) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def _check_schedule(schedule: Schedule, needs_attention: bool) -> None:
+    if not schedule:
+        raise ConfigError("schedule is empty; pass prefill=None to read the whole prompt")
+    last_depth, last_ratio = -1.0, 1.0
+    for depth, ratio in schedule:
+        if not (isfinite(depth) and 0 <= depth < 1):
+            raise ConfigError(f"depth must be in 0..1 (a fraction of the layers), got {depth}")
+        if depth == 0 and needs_attention:
+            raise ConfigError("depth 0 lies before the first attention, so nothing can be scored there; use 0.05 or more")
+        if not (isfinite(ratio) and 0 < ratio <= 1):
+            raise ConfigError(f"keep ratio must be above 0 and at most 1, got {ratio}")
+        if depth <= last_depth:
+            raise ConfigError(f"depths must rise, got {depth} after {last_depth}")
+        if ratio > last_ratio:
+            raise ConfigError(f"keep ratios must not grow with depth, got {ratio} after {last_ratio}")
+        last_depth, last_ratio = depth, ratio
+
+
+PRESETS: dict[str, LazyPrefill] = {
+    "balanced": LazyPrefill(),
+    "fast": replace(LazyPrefill(), schedule=((0.25, 0.25), (0.5, 0.1))),
+    "paper": LazyPrefill.paper(),
+    "static_prune": LazyPrefill.static_prune(),
+    "random_drop": LazyPrefill.random_drop(),
+}
+"""Named trade-offs. The last two are the paper's baselines, for benchmarks."""

@@ -1,0 +1,1 @@
+"""The fence: only here is anything known about transformers."""

@@ -1,0 +1,83 @@
+"""Scorers: how much each token matters to the rows that are about to speak.
+
+A scorer is a frozen dataclass with `queries`, the number of last rows in flight whose attention it wants to see,
+and one method. Add one here, in `SCORERS`, and in the test matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool1d
+
+from lazyahead.errors import ConfigError
+
+
+class Scorer(Protocol):
+    """What a boundary asks: one score per token that has keys at the layer below."""
+
+    @property
+    def queries(self) -> int:
+        """Rows of attention needed; 0 where the scorer looks at none."""
+
+    def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
+        """Attention (H, Q, N) of the last Q rows, and the N tokens' positions, to scores (N,)."""
+
+
+@dataclass(frozen=True)
+class LastToken:
+    """The paper's eq. 1: s_i = mean over heads of the attention that the last row pays to token i."""
+
+    queries: int = 1
+
+    def __post_init__(self) -> None:
+        if self.queries != 1:
+            raise ConfigError(f"LastToken looks at 1 row, got queries={self.queries}; use Window for more")
+
+    def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
+        return attention[:, -1].mean(0)  # (H, 1, N) -> (N,)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The last `queries` rows; strongest over rows, mean over heads, spread over `pool` neighbours by position."""
+
+    queries: int = 16
+    pool: int = 7
+
+    def __post_init__(self) -> None:
+        if self.queries < 1:
+            raise ConfigError(f"Window needs at least 1 query row, got queries={self.queries}")
+        if self.pool < 1 or self.pool % 2 == 0:
+            raise ConfigError(f"Window pools over an odd number of neighbours, got pool={self.pool}")
+
+    def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
+        scores = attention.mean(0).amax(0)  # (H, Q, N) -> (N,)
+        if self.pool == 1:
+            return scores
+        order = positions.argsort()
+        pooled = max_pool1d(scores[order][None, None], self.pool, stride=1, padding=self.pool // 2)[0, 0]
+        return torch.empty_like(scores).index_copy_(0, order, pooled)
+
+
+@dataclass(frozen=True)
+class Random:
+    """Looks at nothing: the random token drop that the paper compares with."""
+
+    seed: int = 0
+    queries: int = 0
+
+    def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        table = torch.rand(int(positions.max()) + 1, generator=generator).to(positions.device)
+        return table[positions]  # a function of the position, so that kept sets are nested by depth
+
+
+SCORERS: dict[str, type[LastToken] | type[Window] | type[Random]] = {
+    "last_token": LastToken,
+    "window": Window,
+    "random": Random,
+}
