@@ -56,8 +56,9 @@ def spread_weights(model: PreTrainedModel, std: float = 0.15) -> None:
 
 
 def build(model_type: str, std: float = 0.15, **overrides: Any) -> PreTrainedModel:
-    """A tiny model of this type: the base shape, then what the family calls it or needs besides."""
-    config = AutoConfig.for_model(model_type, **{**BASE, **overrides})
+    """A tiny model of this type: the base shape, then what the family calls it or needs besides (... leaves it out)."""
+    fields = {name: value for name, value in {**BASE, **overrides}.items() if value is not ...}
+    config = AutoConfig.for_model(model_type, **fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -100,6 +101,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = table(
         "glm4": ("glm4", {"rope_parameters": HALF_ROTARY}),
         "gpt_neox": ("gpt_neox", {"rope_parameters": HALF_ROTARY}),
         "starcoder2": ("starcoder2", {}),
+        "starcoder2_window": ("starcoder2", {"sliding_window": WINDOW}),
         "exaone4": ("exaone4", {"sliding_window": WINDOW, "layer_types": layer_types("sssf")}),
         "hunyuan": ("hunyuan_v1_dense", {}),
         "cohere2": ("cohere2", {"sliding_window": WINDOW, "layer_types": layer_types("sssf"), "logit_scale": 1.0}),

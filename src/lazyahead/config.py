@@ -114,8 +114,11 @@ class LazyPrefill:
         """Writes a profile (TOML) that `load` and `--prefill` take."""
         lines = ["[prefill]"]
         for name, value in self.to_dict().items():
-            text = "{ " + ", ".join(f"{k} = {json.dumps(v)}" for k, v in value.items()) + " }" \
-                if isinstance(value, dict) else json.dumps(value)
+            text = (
+                "{ " + ", ".join(f"{k} = {json.dumps(v)}" for k, v in value.items()) + " }"
+                if isinstance(value, dict)
+                else json.dumps(value)
+            )
             lines.append(f"{name} = {text}")
         Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -166,7 +169,9 @@ def _check_schedule(schedule: Schedule, needs_attention: bool) -> None:
         if not (isfinite(depth) and 0 <= depth < 1):
             raise ConfigError(f"depth must be in 0..1 (a fraction of the layers), got {depth}")
         if depth == 0 and needs_attention:
-            raise ConfigError("depth 0 lies before the first attention, so nothing can be scored there; use 0.05 or more")
+            raise ConfigError(
+                "depth 0 lies before the first attention, so nothing can be scored there; use 0.05 or more"
+            )
         if not (isfinite(ratio) and 0 < ratio <= 1):
             raise ConfigError(f"keep ratio must be above 0 and at most 1, got {ratio}")
         if depth <= last_depth:

@@ -1,0 +1,84 @@
+"""The row everything is compared with: transformers' own `generate`, nothing attached, its own cache, timed inside."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from lazyahead.sampling import Sampling
+
+
+class BaselineRun(NamedTuple):
+    """One answer of plain transformers."""
+
+    token_ids: tuple[int, ...]
+    ttft_s: float
+    """From the call of `generate` to the first token."""
+    decode_s: float
+    """From the first token to the last."""
+
+
+class _Clock(BaseStreamer):  # type: ignore[misc]
+    """Notes when tokens come. The first call brings the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def run_baseline(
+    model: PreTrainedModel, token_ids: Sequence[int], sampling: Sampling, tokenizer: Any = None, **options: Any
+) -> BaselineRun:
+    """Answers one prompt with `model.generate`. `options` go to it as they are."""
+    clock = _Clock()
+    input_ids = torch.tensor([list(token_ids)], device=model.device)
+    if sampling.temperature > 0:
+        torch.manual_seed(sampling.seed or 0)
+    started = time.perf_counter()
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        streamer=clock,
+        **_options(model, sampling, tokenizer),
+        **options,
+    )
+    first, last = clock.times[1], clock.times[-1]
+    return BaselineRun(tuple(output[0, len(token_ids) :].tolist()), first - started, last - first)
+
+
+def _options(model: PreTrainedModel, sampling: Sampling, tokenizer: Any) -> dict[str, Any]:
+    """Our settings in transformers' words; said even where they are defaults, as the model's own may differ."""
+    options: dict[str, Any] = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "min_new_tokens": sampling.max_new_tokens if sampling.ignore_eos else sampling.min_new_tokens,
+        "do_sample": sampling.temperature > 0,
+        "repetition_penalty": sampling.repetition_penalty,
+        "no_repeat_ngram_size": sampling.no_repeat_ngram_size,
+        "pad_token_id": _first(model.generation_config.pad_token_id, model.generation_config.eos_token_id, 0),
+    }
+    if sampling.temperature > 0:
+        options |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        options |= {"min_p": sampling.min_p} if sampling.min_p else {}
+    if sampling.stop:
+        options |= {"stop_strings": list(sampling.stop), "tokenizer": tokenizer}
+    return options
+
+
+def _first(*token_ids: int | list[int] | None) -> int:
+    """The first that is there."""
+    for token_id in token_ids:
+        if isinstance(token_id, int):
+            return token_id
+        if token_id:
+            return token_id[0]
+    return 0

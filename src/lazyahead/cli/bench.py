@@ -1,0 +1,88 @@
+"""`lazyahead bench`: measurements beside plain transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lazyahead.cli import options
+from lazyahead.cli.output import print_json, record, seconds
+from lazyahead.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lazyahead.bench.prefill import PrefillRow
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def group() -> None:
+    """Measure, beside plain transformers."""
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """`4096,8192` to numbers."""
+    try:
+        lengths = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--lengths takes numbers like 4096,8192, got {text!r}") from None
+    if min(lengths) < 1:
+        raise ConfigError(f"--lengths must be at least 1, got {min(lengths)}")
+    return lengths
+
+
+@app.command("prefill")
+def bench_prefill(
+    model: options.Model = None,
+    shape: Annotated[
+        str | None, typer.Option(help="A random model of a known size, e.g. qwen2.5-0.5b: speed only.")
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "4096,8192",
+    prefill: options.Prefill = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    runs: options.Runs = 3,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too (loads the model twice more on a CPU).")] = True,
+    json: options.Json = False,
+) -> None:
+    """Time to the first token, beside transformers `generate`."""
+    wanted = parse_lengths(lengths)
+    if model and shape:
+        raise ConfigError("give --model or --shape, not both")
+    from lazyahead.bench.prefill import Subject, measure_prefill  # noqa: PLC0415
+    from lazyahead.config import LazyPrefill  # noqa: PLC0415
+
+    rule = LazyPrefill() if prefill is None else options.parse_prefill(prefill)
+    subject = Subject(model, shape, dtype, device, max_context=max(wanted) + 64)
+    with options.quiet_transformers(), Console(stderr=True).status("starting") as status:
+        llm, rows = measure_prefill(subject, rule, wanted, runs, memory=memory, progress=status.update)
+    if json:
+        name = shape or llm.name
+        print_json({**record(llm, seed=0, runs=runs, results={"rows": [asdict(row) for row in rows]}), "model": name})
+    else:
+        show_prefill(shape or llm.name, rows, runs)
+
+
+def show_prefill(name: str, rows: Sequence[PrefillRow], runs: int) -> None:
+    """The rows as a table."""
+    table = Table(title=f"{name}: time to the first token, median of {runs}", title_justify="left")
+    for header in ("tokens", "transformers", "lazyahead", "speed-up", "ideal", "keep-all", "peak memory", "decode step",
+                   "2nd question", "reviving step"):  # fmt: skip
+        table.add_column(header, justify="right")
+    for row in rows:
+        table.add_row(
+            f"{row.length:,}", seconds(row.baseline_ttft_s), seconds(row.ttft_s), *map(_times, (
+                row.speedup, row.ideal_speedup, row.keep_all_ratio, row.peak_memory_ratio, row.decode_step_ratio,
+                row.second_question_ratio, row.reviving_step_ratio,
+            )),
+        )  # fmt: skip
+    Console(highlight=False).print(table)
+
+
+def _times(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.2f}x"

@@ -1,0 +1,142 @@
+"""A page that shows how deeply each prompt token was read. One file, no scripts, nothing fetched."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from html import escape
+from importlib.resources import files
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lazyahead.cli.output import seconds
+from lazyahead.text import Detokenizer
+
+if TYPE_CHECKING:
+    from lazyahead.config import LazyPrefill
+    from lazyahead.results import Completion, Reach, Stats
+
+BLOCK_CHARACTERS = 4000
+"""The prompt's text is cut at line ends into blocks of about this size; a browser draws only those in view."""
+
+
+class Kind(NamedTuple):
+    """What tokens that look alike on the page have in common."""
+
+    depth: int
+    revived: bool
+
+    @property
+    def css(self) -> str:
+        return f"d{self.depth} r" if self.revived else f"d{self.depth}"
+
+    def words(self, num_layers: int) -> str:
+        """For the legend and the tooltip."""
+        if self.depth >= num_layers:
+            return "read through all layers" + (", deferred before and revived" if self.revived else "")
+        revived = "revived, then " if self.revived else ""
+        return f"{revived}read through {self.depth} of {num_layers} layers, deferred since"
+
+
+class Run(NamedTuple):
+    """Neighbouring tokens of one kind."""
+
+    kind: Kind
+    text: str
+
+
+def explain_page(
+    reach: Reach, tokenizer: Any, completion: Completion, *, model: str, prefill: LazyPrefill | None
+) -> str:
+    """The page. All text is escaped."""
+    kinds = [Kind(depth, depth > before) for depth, before in zip(reach.depth, reach.prefill_depth, strict=True)]
+    counts = Counter(kinds)
+    template = files("lazyahead.cli").joinpath("explain.html").read_text(encoding="utf-8")
+    depths = "\n".join(_rule(kind, reach.num_layers) for kind in sorted(counts))
+    layers = [sum(depth > layer for depth in reach.depth) for layer in range(reach.num_layers)]
+    parts = {
+        "about": escape(f"{model} · {prefill if prefill is not None else 'nothing deferred'}"),
+        "tiles": "".join(f"<li><span>{escape(k)}</span><b>{escape(v)}</b></li>" for k, v in _tiles(completion.stats)),
+        "legend": "".join(_legend_row(kind, counts[kind], len(kinds), reach.num_layers) for kind in _order(counts)),
+        "layers": "".join(f'<i style="height:{100 * n / max(1, len(kinds)):.1f}%" title="{n:,}"></i>' for n in layers),
+        "layers_label": ", ".join(map(str, layers)),
+        "last_layer": str(reach.num_layers - 1),
+        "answer": escape(completion.text),
+        "prompt": "".join(_blocks(runs(kinds, token_texts(tokenizer, reach.token_ids)))),
+    }
+    head, body = template.replace("/*depths*/", depths).split("<body>")
+    return head + "<body>" + re.sub(r"{(\w+)}", lambda name: parts[name[1]], body)
+
+
+def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+    """Each token's share of the text; special tokens by name. Joined, they are the prompt."""
+    detokenizer = Detokenizer(tokenizer)
+    special = set(tokenizer.all_special_ids)
+    texts = []
+    for token_id in token_ids:
+        text = detokenizer.add(token_id)
+        texts.append(text + (str(tokenizer.convert_ids_to_tokens(token_id)) if token_id in special else ""))
+    if texts:
+        texts[-1] += detokenizer.flush()
+    return texts
+
+
+def runs(kinds: Sequence[Kind], texts: Sequence[str]) -> Iterator[Run]:
+    """Neighbours of one kind become one run: thousands of tokens, hundreds of elements."""
+    for kind, group in groupby(zip(kinds, texts, strict=True), key=lambda pair: pair[0]):
+        yield Run(kind, "".join(text for _, text in group))
+
+
+def _blocks(all_runs: Iterator[Run]) -> Iterator[str]:
+    """Spans, in blocks that end where a line does."""
+    block, length = list[str](), 0
+    for run in all_runs:
+        text = run.text
+        while (
+            length + len(text) > BLOCK_CHARACTERS and (end := text.find("\n", max(0, BLOCK_CHARACTERS - length))) >= 0
+        ):
+            block.append(_span(run.kind, text[:end]))
+            yield f"<div>{''.join(block)}\n</div>"
+            block, length, text = [], 0, text[end + 1 :]
+        block.append(_span(run.kind, text))
+        length += len(text)
+    yield f"<div>{''.join(block)}</div>"
+
+
+def _span(kind: Kind, text: str) -> str:
+    return f'<span class="{kind.css}">{escape(text, quote=False)}</span>' if text else ""
+
+
+def _rule(kind: Kind, num_layers: int) -> str:
+    """Deeper is stronger: colour behind the text, and dim ink for what was hardly read."""
+    share = kind.depth / max(1, num_layers)
+    selector = "." + kind.css.replace(" ", ".")
+    ink = "color: var(--dim); " if share < 0.5 else ""
+    return (
+        f"{selector} {{ {ink}background: rgb(var(--depth) / {0.42 * share**1.5:.2f}); }}\n"
+        f'.text {selector}:hover::after {{ content: "{kind.words(num_layers)}"; }}'
+    )
+
+
+def _order(counts: Counter[Kind]) -> list[Kind]:
+    """Deepest first."""
+    return sorted(counts, key=lambda kind: (-kind.depth, kind.revived))
+
+
+def _legend_row(kind: Kind, count: int, total: int, num_layers: int) -> str:
+    words = escape(kind.words(num_layers))
+    share = f'<td class="n">{count:,}</td><td class="n">{count / total:.1%}</td>'
+    return f'<tr><td><span class="{kind.css}">text</span></td>{share}<td>{words}</td></tr>'
+
+
+def _tiles(stats: Stats) -> list[tuple[str, str]]:
+    return [
+        ("first token after", seconds(stats.ttft_s)),
+        ("prompt tokens", f"{stats.prompt_tokens:,}"),
+        ("computed (mean over layers)", f"{stats.prompt_tokens_computed:.1%}"),
+        ("revived while answering", f"{stats.revived:,}"),
+        ("answer tokens", f"{stats.answer_tokens:,}"),
+        ("tokens a second", f"{stats.tokens_per_s:.1f}"),
+        ("tokens per step", f"{stats.tokens_per_step:.2f}"),
+    ]

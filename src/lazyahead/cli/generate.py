@@ -1,0 +1,157 @@
+"""`lazyahead generate`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lazyahead.cli import INTERRUPTED, options
+from lazyahead.cli.output import ReadingBar, describe, note, print_json, record, whole_file
+from lazyahead.errors import RequestError
+from lazyahead.text import Prompt, encode_turn, read_text
+
+if TYPE_CHECKING:
+    from lazyahead.llm import LLM
+    from lazyahead.results import Completion
+    from lazyahead.sampling import Sampling
+    from lazyahead.session import Session
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The text to answer; - reads stdin.")] = None,
+    file: options.File = None,
+    question: Annotated[str | None, typer.Option("--question", "-q", help="What to answer about the text.")] = None,
+    model: options.Model = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    prefill: options.Prefill = None,
+    decode: options.Decode = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    session: Annotated[
+        Path | None, typer.Option(help="Continue this conversation where the file exists, and keep it there.")
+    ] = None,
+    explain: Annotated[Path | None, typer.Option(help="Write a page that shows what was read how deeply.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Run plain transformers as well, side by side.")] = False,
+    runs: options.Runs = 3,
+    json: options.Json = False,
+) -> None:
+    """Answers a prompt: the text, or a file with a question about it."""
+    document = _document(prompt, file)
+    sampling = options.make_sampling(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
+    )
+    if compare and session:
+        raise RequestError("--compare reads everything anew and --session continues; give one of them")
+    llm = options.Loading(model, dtype, device, prefill, decode).load()
+    kept = _open_session(llm, session, explain is not None)
+    request = _encode(llm, document, question, kept)
+    if compare:
+        from lazyahead.cli.compare import compare_and_show  # noqa: PLC0415
+
+        completion, results = compare_and_show(llm, request, sampling, runs, quiet=json)
+    else:
+        completion = answer(llm, request, sampling, kept, quiet=json)
+        results = {}
+        note(describe(completion.stats))
+    if completion.finish_reason != "cancelled" and kept is not None:
+        if compare:
+            answer(llm, request, sampling, kept, quiet=True)
+        _keep(llm, kept, completion, session, explain)
+    if json:
+        values = {**summary(completion), **results}
+        print_json(record(llm, seed=sampling.seed, runs=runs if compare else 1, results=values, **asdict(sampling)))
+    if completion.finish_reason == "cancelled":
+        raise typer.Exit(INTERRUPTED)
+
+
+def answer(llm: LLM, prompt: Prompt, sampling: Sampling, session: Session | None, *, quiet: bool = False) -> Completion:
+    """Streams an answer to stdout and folds it. Ctrl-C ends it with what it has: `cancelled`."""
+    from lazyahead.results import Completion, Piece  # noqa: PLC0415
+
+    bar, pieces = ReadingBar(), list[Piece]()
+    try:
+        with closing(llm.stream(prompt, sampling=sampling, session=session, on_progress=bar)) as stream:
+            for piece in stream:
+                bar.close()
+                pieces.append(piece)
+                if not quiet:
+                    print(piece.text, end="", flush=True)
+    except KeyboardInterrupt:
+        if not pieces:
+            raise
+        whole = Completion.fold(pieces)
+        return Completion(whole.text, whole.token_ids, whole.stats, "cancelled")
+    finally:
+        bar.close()
+        if pieces and not quiet:
+            print(flush=True)
+    return Completion.fold(pieces)
+
+
+def summary(completion: Completion) -> dict[str, Any]:
+    """The contract's fields of one answer."""
+    stats = completion.stats
+    return {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "ttft_s": stats.ttft_s,
+        "decode_s": stats.decode_s,
+        "prompt_tokens": stats.prompt_tokens,
+        "prompt_tokens_reused": stats.reused_tokens,
+        "prompt_tokens_computed": stats.prompt_tokens_computed,
+        "answer_tokens": stats.answer_tokens,
+        "tokens_per_step": stats.tokens_per_step,
+        "revived": stats.revived,
+    }
+
+
+def _document(prompt: str | None, file: Path | None) -> str:
+    if prompt is not None and file is not None:
+        raise RequestError("give PROMPT or --file, not both; a question about the file goes into --question")
+    if file is not None:
+        return read_text(file)
+    if prompt == "-":
+        try:
+            return sys.stdin.buffer.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise RequestError(f"stdin is not UTF-8 text (byte {error.start}); convert it") from None
+    return prompt or ""
+
+
+def _open_session(llm: LLM, path: Path | None, needed: bool) -> Session | None:
+    if path is not None and path.exists():
+        return llm.load_session(path)
+    return llm.session() if path is not None or needed else None
+
+
+def _encode(llm: LLM, document: str, question: str | None, session: Session | None) -> Prompt:
+    """A new text starts anew (sharing what a session has read of it); a bare question is the session's next turn."""
+    if session is not None and len(session) and not (document and question):
+        turns = [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]
+        last = {"role": "user", "content": question or document}
+        return encode_turn(llm.tokenizer, [*turns, last], session.history)
+    return llm.encode(document, question)
+
+
+def _keep(llm: LLM, session: Session, completion: Completion, path: Path | None, explain: Path | None) -> None:
+    """Writes what was asked to be kept."""
+    if path is not None:
+        with whole_file(path) as name:
+            session.save(name)
+    if explain is not None:
+        from lazyahead.cli.explain import explain_page  # noqa: PLC0415
+
+        page = explain_page(llm.reach(session), llm.tokenizer, completion, model=llm.name, prefill=llm.prefill)
+        with whole_file(explain) as name:
+            name.write_text(page, encoding="utf-8")
+        note(f"wrote {explain}")

@@ -1,0 +1,124 @@
+"""Options that commands share, and what they mean. Left out, an option takes the library's own default."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lazyahead.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lazyahead.config import LazyPrefill, Lookahead
+    from lazyahead.llm import LLM
+    from lazyahead.sampling import Sampling
+
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Folder or hub name of a model. Left out: the built-in reader.")
+]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+Prefill = Annotated[str | None, typer.Option(help="off, a preset, or a profile (.toml). Left out: balanced.")]
+Decode = Annotated[str | None, typer.Option(help="off or lookahead.")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.")]
+Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest token; above 0 draws.")]
+TopK = Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Draw among the likeliest tokens of this joint probability.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same text. Left out: drawn, and reported.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text. May be given several times.")]
+File = Annotated[Path | None, typer.Option("--file", "-f", help="Document to read.")]
+Runs = Annotated[int, typer.Option(min=1, help="Timed runs of each side; the median counts.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Which model, and how it is to read and write."""
+
+    model: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    prefill: str | None = None
+    decode: str | None = None
+
+    def load(self) -> LLM:
+        """The model. Says on stderr when it is the built-in one."""
+        given: dict[str, Any] = {"model": self.model, "dtype": self.dtype, "device": self.device}
+        given = {name: value for name, value in given.items() if value is not None}
+        if self.prefill is not None:
+            given["prefill"] = parse_prefill(self.prefill)
+        if self.decode is not None:
+            given["decode"] = parse_decode(self.decode)
+        if self.model is None:
+            print("lazyahead: no --model given, using the built-in reader", file=sys.stderr)
+        with waiting("loading"), quiet_transformers():
+            from lazyahead.llm import LLM  # noqa: PLC0415  (torch takes seconds to import: not for --help)
+
+            return LLM(**given)
+
+
+def parse_prefill(text: str) -> LazyPrefill | None:
+    """`off`, a preset's name, or a profile's path."""
+    from lazyahead.config import LazyPrefill  # noqa: PLC0415
+
+    if text == "off":
+        return None
+    if text.endswith(".toml") or "/" in text:
+        return LazyPrefill.load(text)
+    return LazyPrefill.preset(text)
+
+
+def parse_decode(text: str) -> Lookahead | None:
+    """`off` or `lookahead`."""
+    from lazyahead.config import Lookahead  # noqa: PLC0415
+
+    if text not in ("off", "lookahead"):
+        raise ConfigError(f"--decode is off or lookahead, got {text!r}")
+    return None if text == "off" else Lookahead()
+
+
+def make_sampling(**given: Any) -> Sampling:
+    """Sampling from the options that were given. A seed is drawn here, so that it can be reported."""
+    from lazyahead.sampling import Sampling  # noqa: PLC0415
+
+    given = {name: value for name, value in given.items() if value is not None}
+    if "stop" in given:
+        given["stop"] = tuple(given["stop"])
+    given.setdefault("seed", random.randrange(2**31))
+    return Sampling(**given)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No warnings or bars of transformers among ours."""
+    from transformers.utils import logging  # noqa: PLC0415
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A spinner on stderr, on a terminal only."""
+    from rich.console import Console  # noqa: PLC0415
+
+    with Console(stderr=True).status(what) if sys.stderr.isatty() else _nothing():
+        yield
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

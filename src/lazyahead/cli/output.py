@@ -1,0 +1,110 @@
+"""What commands print: one JSON line, tables, a progress bar, files that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from lazyahead.errors import RequestError
+
+if TYPE_CHECKING:
+    from lazyahead.llm import LLM
+    from lazyahead.results import Stats
+
+BAR_AFTER_S = 0.5
+
+
+def record(llm: LLM, *, seed: int | None, runs: int, results: dict[str, Any], **config: Any) -> dict[str, Any]:
+    """What `--json` prints: the results, and all that is needed to get them again."""
+    from lazyahead.bench.machine import machine  # noqa: PLC0415
+
+    prefill = llm.prefill.to_dict() if llm.prefill else None
+    decode = llm.decode.to_dict() if llm.decode else None
+    return {
+        "lazyahead": version("lazyahead"),
+        "machine": machine(llm.model.device, llm.model.dtype),
+        "model": llm.name,
+        "config": {"prefill": prefill, "decode": decode, **config},
+        "seed": seed,
+        "runs": runs,
+        **results,
+    }
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """The last line of stdout."""
+    print(json.dumps(values, ensure_ascii=False), flush=True)
+
+
+def describe(stats: Stats) -> str:
+    """One line about an answer."""
+    reused = f", {stats.reused_tokens:,} reused" if stats.reused_tokens else ""
+    return (
+        f"first token {seconds(stats.ttft_s)} · {stats.tokens_per_s:.1f} tokens/s"
+        f" · {stats.prompt_tokens:,} prompt tokens{reused}, {stats.prompt_tokens_computed:.0%} computed"
+        f" · {stats.revived:,} revived · {stats.answer_tokens} answer tokens, {stats.tokens_per_step:.2f} per step"
+    )
+
+
+def seconds(value: float) -> str:
+    """A duration that a person reads at a glance."""
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.0f} ms"
+
+
+def note(message: str) -> None:
+    """A line on stderr, dim on a terminal."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(message, style="dim", markup=False)
+
+
+class ReadingBar:
+    """How much of a long prompt has been read; on stderr, on a terminal only, gone before the answer starts."""
+
+    def __init__(self, enabled: bool | None = None) -> None:
+        self._enabled = sys.stderr.isatty() if enabled is None else enabled
+        self._started = time.perf_counter()
+        self._progress: Progress | None = None
+
+    def __call__(self, fraction: float) -> None:
+        """Called by `LLM.stream` with 0 … 1."""
+        if not self._enabled:
+            return
+        if self._progress is None:
+            if time.perf_counter() - self._started < BAR_AFTER_S:
+                return
+            columns = (TextColumn("reading"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+            self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._progress.add_task("reading", total=1.0)
+            self._progress.start()
+        self._progress.update(self._progress.task_ids[0], completed=fraction)
+
+    def close(self) -> None:
+        """Takes the bar away. May be called often."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        self._enabled = False
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to; it becomes `path` when all went well, and vanishes when not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.touch()
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written: {error.strerror}") from None
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

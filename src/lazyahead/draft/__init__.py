@@ -1,0 +1,1 @@
+"""Guessing ahead: token trie, drafts, row budget, verification, memory of answers. Knows no model."""

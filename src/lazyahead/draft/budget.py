@@ -1,0 +1,165 @@
+"""How many rows a decoding step is worth: what a row costs, what it is likely to bring, and how many to take."""
+
+import json
+from bisect import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import pow
+
+from lazyahead.draft.tree import ROOT, Draft, Source
+from lazyahead.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RowCost:
+    """Seconds of a decoding step by its number of rows, as measured on one model, device and dtype.
+
+    `points` are (rows, seconds); between them the curve is a line, beyond the last it goes on as the last line does,
+    and it never falls (a measurement that does is noise). Raises ConfigError without points, for rows below 1 or
+    seconds not above 0.
+    """
+
+    points: Sequence[tuple[int, float]]
+
+    def __post_init__(self) -> None:
+        points = sorted((int(rows), float(seconds)) for rows, seconds in self.points)
+        if not points or points[0][0] < 1 or not all(0 < seconds < float("inf") for _, seconds in points):
+            raise ConfigError(f"row cost needs points of rows >= 1 and seconds > 0, got {list(self.points)}")
+        highest, rising = 0.0, {}
+        for rows, seconds in points:
+            highest = rising[rows] = max(highest, seconds)
+        object.__setattr__(self, "points", tuple(rising.items()))
+
+    def seconds(self, rows: int) -> float:
+        """Of one step with this many rows (1 = the last token alone)."""
+        table = self._table
+        while len(table) <= rows:
+            table.append(self._interpolate(len(table)))
+        return table[rows]
+
+    def __call__(self, rows: int) -> float:
+        """Cost relative to a step of one row."""
+        return self.seconds(rows) / self.seconds(1)
+
+    def max_nodes(self, limit: int, other_rows: int = 0) -> int:
+        """How many draft nodes could pay at best, up to `limit`: as many as would if all were sure to be accepted.
+
+        Where even sure tokens do not raise tokens per second beyond n nodes, less likely ones do not either.
+        """
+        return choose([[1.0] * limit], self, other_rows, min_gain=0.0)[0]
+
+    def to_json(self) -> str:
+        return json.dumps({"row_cost": self.points})
+
+    @classmethod
+    def from_json(cls, text: str) -> "RowCost":
+        """Raises ConfigError for a text that `to_json` did not write."""
+        try:
+            return cls([(rows, seconds) for rows, seconds in json.loads(text)["row_cost"]])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"not a row cost: {text[:80]!r}") from error
+
+    @cached_property
+    def _table(self) -> list[float]:
+        return []
+
+    def _interpolate(self, rows: int) -> float:
+        points = self.points
+        if len(points) == 1 or rows <= points[0][0]:
+            return points[0][1]
+        i = next((i for i in range(1, len(points)) if rows <= points[i][0]), len(points) - 1)
+        (r0, s0), (r1, s1) = points[i - 1], points[i]
+        return s0 + (s1 - s0) * (rows - r0) / (r1 - r0)
+
+
+def choose(
+    candidates: Sequence[Sequence[float]], cost: RowCost, other_rows: int = 0, *, min_gain: float = 0.01
+) -> list[int]:
+    """How many of its likeliest nodes each request shall have verified in the next, common step.
+
+    `candidates` holds, per request, the path probabilities of its draft (`Draft.probs`, any order); `other_rows` are
+    rows besides the requests' root rows and drafts, such as revived ones. A node accepted with probability p brings p
+    tokens, so taking nodes in order of probability, tokens per second are (requests + sum of p) / cost(rows). The
+    count with the most is taken, and none at all where it gains less than `min_gain` over no drafts. Apply the counts
+    with `Draft.best`.
+    """
+    num_requests = len(candidates)
+    counts, best_counts = [0] * num_requests, [0] * num_requests
+    expected, rows = float(num_requests), num_requests + other_rows
+    best_rate = expected / cost.seconds(rows) * (1.0 + min_gain)
+    for minus_p, i in sorted((-p, i) for i, probs in enumerate(candidates) for p in probs):
+        counts[i] += 1
+        rows += 1
+        expected -= minus_p
+        rate = expected / cost.seconds(rows)
+        if rate > best_rate:
+            best_rate, best_counts = rate, counts[:]
+    return best_counts
+
+
+MAX_DEPTH = 256
+"""No draft is deeper."""
+
+_LENGTHS = (1, 2, 4, 8, 16)  # lowest match length of each class
+_DEPTHS = (1, 2, 4, 8)  # lowest depth of each class
+_LENGTH_CLASS = [bisect(_LENGTHS, length) - 1 for length in range(_LENGTHS[-1] + 1)]
+DEPTH_CLASS = [bisect(_DEPTHS, depth) - 1 for depth in range(MAX_DEPTH + 1)]
+
+
+def length_class(match_len: int) -> int:
+    """Matches are as trustworthy as those of 1, 2, 4, 8 or 16 tokens, whichever is next below: class 0 to 4."""
+    return _LENGTH_CLASS[min(match_len, _LENGTHS[-1])]
+
+
+def _prior(match_len: int, depth: int) -> float:
+    """Longer agreement makes the next guess surer, and so does every level that was right."""
+    return 1.0 - 0.7 / pow(match_len + depth - 1, 0.7)
+
+
+@dataclass
+class Acceptance:
+    """Chance that a guess is right once all above it are, learned by source, match length and depth.
+
+    Each cell counts the guesses judged and those that were right, starting from `prior_weight` imagined ones and
+    forgetting at `decay` a guess, so that it follows a text which changes its manner.
+    """
+
+    decay: float = 0.98
+    prior_weight: float = 4.0
+
+    def __post_init__(self) -> None:
+        def table(scale: float) -> list[list[list[float]]]:  # [source][length class][depth class]
+            return [[[scale * _prior(length, depth) for depth in _DEPTHS] for length in _LENGTHS] for _ in Source]
+
+        self._rates = table(1.0)
+        self._right = table(self.prior_weight)
+        self._judged = [[[self.prior_weight for _ in _DEPTHS] for _ in _LENGTHS] for _ in Source]
+
+    def rates(self, source: Source, match_len: int) -> list[float]:
+        """[DEPTH_CLASS[depth]] -> chance, between 0.001 and 0.995; depth 1 is right after the last token."""
+        return self._rates[source][length_class(match_len)]
+
+    def learn(self, draft: Draft, tokens: Sequence[int]) -> None:
+        """Judge a draft (with sources, match lengths and probabilities) by the tokens that came.
+
+        Every node whose parent was right is judged, verified or not, so that a source which no longer pays is noticed
+        when it does again. A guess that its fellows outvoted counts as a part of one, by its share of the votes.
+        """
+        right_nodes = {ROOT}
+        for i, parent in enumerate(draft.parents):
+            depth = draft.depths[i]
+            if parent not in right_nodes or depth > len(tokens):
+                continue
+            is_right = draft.token_ids[i] == tokens[depth - 1]
+            if is_right:
+                right_nodes.add(i)
+            chance = draft.probs[i] / (draft.probs[parent] if parent != ROOT else 1.0)
+            self._count(draft.sources[i], length_class(draft.match_lens[i]), DEPTH_CLASS[depth], chance, is_right)
+
+    def _count(self, source: Source, length: int, depth: int, chance: float, is_right: bool) -> None:
+        rates, judged, right = self._rates[source][length], self._judged[source][length], self._right[source][length]
+        share = min(1.0, chance / rates[depth])
+        judged[depth] = judged[depth] * self.decay + share
+        right[depth] = right[depth] * self.decay + is_right
+        rates[depth] = min(max(right[depth] / judged[depth], 0.001), 0.995)

@@ -1,0 +1,166 @@
+"""The paper's drafter: a trie of the request's own text, and a trie of what earlier requests left."""
+
+from bisect import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lazyahead.draft.budget import MAX_DEPTH, Acceptance
+from lazyahead.draft.grow import Branch, Mode, grow
+from lazyahead.draft.tree import Draft, Source
+from lazyahead.draft.trie import TokenTrie
+from lazyahead.errors import ConfigError
+
+
+class TrieDrafter:
+    """The paper's drafter: branches of prompt, answer and remembered answers, merged, likeliest first.
+
+    Args:
+        branch_length: depth of a draft, tokens.
+        mode: "hierarchical", "parallel" or "single", see `grow`.
+        capacity_bytes: of what is remembered, per namespace; least recently used leaves first. 0: remember nothing.
+        max_matches: occurrences looked at per lookup, in the request's text and in the remembered ones each.
+        decay: vote of an occurrence against the next newer one of the same kind.
+
+    `remember` adds documents and earlier answers; a request's own text is dropped when the request stops. Not
+    thread-safe. Raises ConfigError for values out of range.
+    """
+
+    def __init__(
+        self,
+        branch_length: int = 16,
+        mode: Mode = "hierarchical",
+        *,
+        capacity_bytes: int = 64 << 20,
+        max_matches: int = 8,
+        decay: float = 0.9,
+    ) -> None:
+        if mode not in ("hierarchical", "parallel", "single"):
+            raise ConfigError(f"mode {mode!r} must be 'hierarchical', 'parallel' or 'single'")
+        if max_matches < 1 or not 0.0 < decay <= 1.0:
+            raise ConfigError(f"max_matches {max_matches} must be at least 1, decay {decay} above 0 and at most 1")
+        if branch_length > MAX_DEPTH:
+            raise ConfigError(f"branch_length {branch_length} must be at most {MAX_DEPTH}")
+        TokenTrie(branch_length, capacity_bytes=capacity_bytes or None)  # refuses what it could not hold
+        self.branch_length = branch_length
+        self.mode = mode
+        self.capacity_bytes = capacity_bytes
+        self.max_matches = max_matches
+        self.decay = decay
+        self._namespaces: dict[str, _Namespace] = {}
+
+    def start(self, prompt: Sequence[int] = (), namespace: str = "default") -> "TrieRequest":
+        request = TrieRequest(self, self._namespace(namespace))
+        request.extend(prompt, Source.PROMPT)
+        return request
+
+    def remember(self, tokens: Sequence[int], namespace: str = "default") -> None:
+        """Add an earlier answer or a document to what requests of this namespace are drafted from."""
+        self._namespace(namespace).remember(tokens)
+
+    def forget(self, namespace: str = "default") -> None:
+        """Drop what the namespace remembers, learned acceptance included."""
+        self._namespaces.pop(namespace, None)
+
+    def nbytes(self, namespace: str = "default") -> int:
+        """Bytes that the namespace remembers with."""
+        shared = self._namespace(namespace).shared
+        return shared.nbytes if shared else 0
+
+    def _namespace(self, name: str) -> "_Namespace":
+        if name not in self._namespaces:
+            shared = TokenTrie(self.branch_length, capacity_bytes=self.capacity_bytes) if self.capacity_bytes else None
+            self._namespaces[name] = _Namespace(shared)
+        return self._namespaces[name]
+
+
+@dataclass
+class _Namespace:
+    shared: TokenTrie | None  # earlier answers and indexed documents
+    acceptance: Acceptance = field(default_factory=Acceptance)
+
+    def remember(self, tokens: Sequence[int]) -> None:
+        if self.shared is not None:
+            self.shared.extend(tokens)
+            self.shared.end_sequence()
+
+
+_PATIENCE = 8  # misses in a row before lookups are skipped
+_MAX_SKIP = 7  # lookups skipped at most before one is tried
+_HEADROOM = 4096  # tokens of answer that the prompt's index has room for
+_USED_MATCH_LEN = 4  # a shorter match in a remembered text does not count as a use of it
+
+
+class TrieRequest:
+    """One running answer of a TrieDrafter.
+
+    Where drafts bring nothing any more (none found, none right, or none worth their rows), lookups are skipped: after 8
+    such steps in a row one, then 3, then 7 before each try, until a draft brings a token again.
+    """
+
+    def __init__(self, drafter: TrieDrafter, namespace: _Namespace) -> None:
+        self._drafter = drafter
+        self._namespace = namespace
+        self.own = TokenTrie(drafter.branch_length)  # prompt and answer
+        self._sources: list[Source] = []  # of the run that begins at ...
+        self._run_starts: list[int] = []
+        self._recent: list[int] = []
+        self._answer: list[int] = []
+        self._num_misses = 0
+        self._num_skips = 0
+        self._looked_up = False
+
+    def extend(self, tokens: Sequence[int], source: Source = Source.OUTPUT) -> None:
+        if not tokens:
+            return
+        if source is Source.PROMPT:
+            self.own.reserve(len(tokens) + _HEADROOM)
+        if not self._sources or self._sources[-1] is not source:
+            self._sources.append(source)
+            self._run_starts.append(self.own.end)
+        self.own.extend(tokens)
+        query_length = self.own.query_length
+        self._recent = [*self._recent, *tokens[-query_length:]][-query_length:]
+        if source is Source.OUTPUT:
+            self._answer.extend(tokens)
+
+    def propose(self, max_nodes: int) -> Draft:
+        self._looked_up = self._num_skips == 0
+        if not self._looked_up:
+            self._num_skips -= 1
+            return Draft.EMPTY
+        if max_nodes < 1:
+            return Draft.EMPTY
+        branches = self._own_branches() + self._shared_branches()
+        if not branches:
+            return Draft.EMPTY
+        return grow(branches, self._namespace.acceptance, max_nodes, self._drafter.mode, self._drafter.decay)
+
+    def feedback(self, draft: Draft, tokens: Sequence[int]) -> None:
+        if not self._looked_up:
+            return
+        self._namespace.acceptance.learn(draft, tokens)
+        self._num_misses = 0 if len(draft) and len(tokens) > 1 else self._num_misses + 1
+        if self._num_misses >= _PATIENCE:
+            self._num_skips = min(2 ** (self._num_misses - _PATIENCE + 1) - 1, _MAX_SKIP)
+
+    def stop(self, *, remember: bool = False) -> None:
+        if remember:
+            self._namespace.remember(self._answer)
+        self.own.clear()
+        self._sources, self._run_starts, self._recent, self._answer = [], [], [], []
+
+    def _own_branches(self) -> list[Branch]:
+        own = self.own
+        return [
+            Branch(own.branch(position), self._sources[bisect(self._run_starts, position) - 1], match_len)
+            for position, match_len in own.match(self._recent, self._drafter.max_matches)
+        ]
+
+    def _shared_branches(self) -> list[Branch]:
+        shared = self._namespace.shared
+        if shared is None or not len(shared):
+            return []
+        matches = shared.match(self._recent, self._drafter.max_matches)
+        if matches and matches[0][1] >= _USED_MATCH_LEN:
+            shared.touch(matches[0][0])
+        return [Branch(shared.branch(position), Source.MEMORY, match_len) for position, match_len in matches]

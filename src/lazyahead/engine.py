@@ -1,0 +1,360 @@
+"""The loop: admit -> draft -> forward -> verify -> commit. Rows of all running requests travel in one pass."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lazyahead.config import LazyPrefill, Lookahead
+from lazyahead.draft.drafter import Drafter, DraftRequest, NoDrafter
+from lazyahead.draft.tree import Draft
+from lazyahead.draft.verify import walk
+from lazyahead.prefill.boundary import Flight, Reading, part_len
+from lazyahead.prefill.schedule import boundaries
+from lazyahead.results import Stats
+from lazyahead.sampling import Picker
+from lazyahead.session import Session
+
+
+class Runner(Protocol):
+    """What runs passes: `hf.forward.Runner`, or `hf.plain.PlainRunner` for models that only decode."""
+
+    on_layer: Callable[[int], None] | None
+
+    def attached(self) -> AbstractContextManager[Any]: ...
+
+    def run(self, flights: Sequence[Flight]) -> Tensor: ...
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def attends_fully(self) -> Sequence[bool]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def travels_alone(self) -> bool:
+        """Requests must not share passes and prompts must not be split."""
+
+
+class Request:
+    """One prompt on its way to an answer."""
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        picker: Picker,
+        *,
+        accept: Callable[[int, Request], str | None] = lambda token, request: None,
+        emit: Callable[[Sequence[int], str | None], None] = lambda tokens, reason: None,
+        session: Session,
+        max_new_tokens: int,
+        question: tuple[int, int] | None = None,
+        prefix: Sequence[int] | None = None,
+        min_tokens: int | None = None,
+    ) -> None:
+        """`prompt` is the whole text, whose first `len(session)` tokens the session has read. `accept` sees each
+        token of the answer and may answer with a finish reason; `emit` hears of each step after it is committed.
+        `prefix` is what processors see in place of `prompt` (left padding included)."""
+        self.prompt, self.picker, self.accept, self.emit = list(prompt), picker, accept, emit
+        self.session, self.max_new_tokens = session, max_new_tokens
+        self.answer: list[int] = []
+        self.finish_reason: str | None = None
+        self.num_reused, self.num_steps = len(session), 0
+        self.submitted = time.perf_counter()
+        self.first_token: float | None = None
+        self.last_token = self.submitted
+        self.scores: list[Tensor] | None = None
+        """Processed logits (V,) of each answer token; None: not asked for."""
+        self.logits: list[Tensor] | None = None
+        """Bare logits, likewise."""
+        self.draft = Draft.EMPTY
+        self.drafts: DraftRequest | None = None
+        self._num_revived_before = session.num_revived
+        num_new = len(self.prompt) - len(session)
+        self.reading = Reading(len(session), len(self.prompt), num_new >= (min_tokens or 0), question)
+        self._prefix = _Prefix(self.prompt if prefix is None else prefix)
+
+    @property
+    def is_reading(self) -> bool:
+        return not self.reading.is_done
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the prompt's tokens that have entered; for a progress bar."""
+        return self.reading.num_entered / max(1, self.reading.end - self.reading.start)
+
+    def prefix(self, more: Sequence[int]) -> Tensor:
+        """The text so far and `more`, (1, N), as processors see it."""
+        return self._prefix.with_(self.answer, more)
+
+    def stats(self) -> Stats:
+        """Measurements up to now."""
+        first = self.last_token if self.first_token is None else self.first_token
+        session = self.session
+        return Stats(
+            prompt_tokens=len(self.prompt),
+            reused_tokens=self.num_reused,
+            answer_tokens=len(self.answer),
+            ttft_s=first - self.submitted,
+            decode_s=self.last_token - first,
+            prompt_tokens_computed=session.prompt_tokens_computed,
+            num_steps=self.num_steps,
+            revived=session.num_revived - self._num_revived_before,
+            kept_by_layer=session.kept_by_layer,
+        )
+
+
+class _Prefix:
+    """Token ids as a tensor that grows with the answer, without copying the prompt each time."""
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        self._base, self._ids = len(token_ids), torch.tensor([*token_ids, *[0] * 64])
+        self._len = self._base
+
+    def with_(self, answer: Sequence[int], more: Sequence[int]) -> Tensor:
+        need = self._base + len(answer) + len(more)
+        if need > self._ids.numel():
+            self._ids = torch.cat([self._ids, torch.zeros_like(self._ids)])
+        known = self._len - self._base
+        if known < len(answer):
+            self._ids[self._len : self._base + len(answer)] = torch.tensor(answer[known:])
+            self._len = self._base + len(answer)
+        if more:
+            self._ids[self._len : need] = torch.tensor(more)
+        return self._ids[None, :need]
+
+
+class Engine:
+    """Runs requests on one model, many at once. `submit`, then `step` until `is_idle`, inside `with engine:`.
+
+    Beside running answers a prompt is read in parts of `max_stall_rows` rows, which bounds how long a pass can stall
+    them; alone it is read in one pass.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        prefill: LazyPrefill | None,
+        decode: Lookahead | None,
+        *,
+        drafter: Drafter | None = None,
+        max_stall_rows: int = 512,
+        max_running: int = 64,
+    ) -> None:
+        self.runner, self.prefill, self.decode = runner, prefill, decode
+        self.drafter = drafter or NoDrafter()
+        self.max_stall_rows, self.max_running = max_stall_rows, max_running
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._attached: list[AbstractContextManager[Any]] = []
+
+    def new_session(self) -> Session:
+        """An empty session for this engine's model and way of reading."""
+        if self.prefill is None:
+            return Session(self.runner.num_layers)
+        needs_attention = self.prefill.scorer.queries > 0
+        placed = boundaries(self.prefill.schedule, self.runner.attends_fully, needs_attention)
+        return Session(self.runner.num_layers, placed)
+
+    def __enter__(self) -> Engine:
+        context = self.runner.attached()
+        context.__enter__()
+        self._attached.append(context)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._attached.pop().__exit__(*exc)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._waiting and not self._running
+
+    def submit(self, request: Request) -> None:
+        """Queues a request; it joins between two steps."""
+        request.session.in_use = True
+        self._waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Takes a request out between two steps; what its session has read stays."""
+        if request.finish_reason is None:
+            self._finish(request, "cancelled")
+
+    def step(self) -> None:
+        """One pass for all running requests."""
+        self._admit()
+        flights = self._draft()
+        logits = self._forward(flights)
+        runs = self._verify(flights, logits)
+        self._commit(runs)
+
+    # --- the phases ----------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self.max_running:
+            request = self._waiting.popleft()
+            request.session.prompt_len = len(request.prompt)
+            self._running.append(request)
+
+    def _draft(self) -> list[tuple[Request, Flight]]:
+        """The rows of each request: a root and its drafts, or the next part of a prompt."""
+        writing = [request for request in self._running if not request.is_reading]
+        flights = [(request, self._write(request)) for request in writing]
+        limit = self.max_stall_rows if writing and not self.runner.travels_alone else None
+        for request in self._running:
+            if not request.is_reading:
+                continue
+            flight = self._read(request, limit)
+            flights.append((request, flight))
+            if limit is None:
+                break  # one whole prompt a pass, first come first served
+            limit -= len(flight.token_ids)
+            if request.reading.stage is not None or limit <= 0:
+                break
+        return flights
+
+    def _forward(self, flights: Sequence[tuple[Request, Flight]]) -> list[Tensor | None]:
+        """Logits (R, V) of each flight's rows that speak; None where none do."""
+        groups = [[flight] for _, flight in flights] if self.runner.travels_alone else [[f for _, f in flights]]
+        parts: list[Tensor | None] = []
+        for group in groups:
+            logits = self.runner.run(group)
+            start = 0
+            for flight in group:
+                num = len(flight.speaks) if logits.numel() else 0
+                parts.append(logits[start : start + num] if num else None)
+                start += num
+        return parts
+
+    def _verify(
+        self, flights: Sequence[tuple[Request, Flight]], logits: Sequence[Tensor | None]
+    ) -> list[tuple[Request, Flight, list[int], list[int]]]:
+        """What each request's answer goes on with: tokens, and the draft nodes whose rows hold them."""
+        runs = []
+        for (request, flight), rows in zip(flights, logits, strict=True):
+            reading = flight.reading
+            if reading is not None:
+                reading.num_entered = min(reading.end, len(request.session) + len(flight.token_ids)) - reading.start
+                reading.is_done = flight.has_last and reading.stage is None
+            if rows is None or (reading is not None and not reading.is_done):
+                runs.append((request, flight, list[int](), list[int]()))
+                continue
+            tokens, nodes = self._walk(request, flight, rows)
+            runs.append((request, flight, tokens, nodes))
+        return runs
+
+    def _commit(self, runs: Sequence[tuple[Request, Flight, list[int], list[int]]]) -> None:
+        """Accepted rows stay in place, the rest is dropped; an answer ends at the very token that ends it."""
+        for request, flight, tokens, nodes in runs:
+            told, reason = self._accept(request, tokens)
+            nodes = nodes[: max(0, len(told) - 1)]
+            request.session.commit(flight.entered_tokens(nodes), flight.num_drafts, nodes)
+            if told:
+                self._tell(request, flight, tokens, told, reason)
+
+    # --- their parts ---------------------------------------------------------------------------------------------
+
+    def _write(self, request: Request) -> Flight:
+        session = request.session
+        request.draft = self._propose(request)
+        draft = request.draft
+        ancestors = torch.from_numpy(draft.ancestors).to(self.runner.device) if len(draft) else None
+        return Flight(
+            session,
+            self.prefill,
+            [*session.pending, *draft.token_ids],
+            self.runner.device,
+            depths=draft.depths,
+            ancestors=ancestors,
+        )
+
+    def _propose(self, request: Request) -> Draft:
+        room = request.max_new_tokens - len(request.answer) - 1
+        if request.drafts is None or self.decode is None or room < 1:
+            return Draft.EMPTY
+        return request.drafts.propose(min(self.decode.decoding_length, 4 * room))
+
+    def _read(self, request: Request, limit: int | None) -> Flight:
+        reading, start = request.reading, len(request.session)
+        if request.drafts is None and self.decode is not None:
+            request.drafts = self.drafter.start(request.prompt, self.decode.namespace)
+        token_ids: Sequence[int] = [0]  # carries on what was chosen: one row keeps the last token's place
+        if reading.stage is None:
+            queries = self.prefill.scorer.queries if self.prefill is not None else 1
+            token_ids = request.prompt[start : start + part_len(reading.end - start, limit, max(1, queries))]
+        return Flight(
+            request.session, self.prefill, token_ids, self.runner.device, reading=reading, limit=limit
+        )
+
+    def _walk(self, request: Request, flight: Flight, rows: Tensor) -> tuple[list[int], list[int]]:
+        """Follows the model's own choices through the draft."""
+        picker = request.picker
+        likeliest = rows.argmax(-1).tolist() if picker.is_plain and request.scores is None else None
+
+        def pick(node: int, tokens: Sequence[int]) -> int:
+            if likeliest is not None and request.logits is None:
+                return int(likeliest[node + 1])
+            bare = rows[node + 1]
+            processed = picker.process(bare, request.prefix(tokens))
+            if request.scores is not None:
+                request.scores.append(processed)
+            if request.logits is not None:
+                request.logits.append(bare.float())
+            return picker.choose(processed, len(request.answer) + len(tokens))
+
+        draft = request.draft if flight.reading is None else Draft.EMPTY
+        blocked = set(flight.blocked.nonzero()[:, 0].tolist()) if flight.num_drafts else set()
+        return walk(draft, pick, blocked=blocked)
+
+    def _accept(self, request: Request, tokens: Sequence[int]) -> tuple[Sequence[int], str | None]:
+        """Tokens up to the one that ends the answer, and why it ends."""
+        for num, token in enumerate(tokens, 1):
+            request.answer.append(token)
+            reason = request.accept(token, request)
+            if reason is None and len(request.answer) >= request.max_new_tokens:
+                reason = "length"
+            if reason is not None:
+                return tokens[:num], reason
+        return tokens, None
+
+    def _tell(
+        self, request: Request, flight: Flight, tokens: Sequence[int], told: Sequence[int], reason: str | None
+    ) -> None:
+        """The session and the drafter hear of the step, then the caller does."""
+        session = request.session
+        session.pending = [told[-1]]
+        request.last_token = time.perf_counter()
+        if flight.reading is not None:
+            session.prefill_lens = [len(kv) for kv in session.kv]
+            for stash in session.stashes.values():
+                stash.compact()
+            request.first_token = request.last_token
+        else:
+            request.num_steps += 1
+        if request.drafts is not None:
+            request.drafts.extend(told)
+            if flight.reading is None:
+                request.drafts.feedback(request.draft, tokens)
+        for kept in (request.scores, request.logits):
+            if kept is not None:
+                del kept[len(request.answer) :]
+        request.emit(told, reason)
+        if reason is not None:
+            self._finish(request, reason)
+
+    def _finish(self, request: Request, reason: str) -> None:
+        request.finish_reason = reason
+        request.session.in_use = False
+        if request.drafts is not None:
+            request.drafts.stop()
+        for queue in (self._running, self._waiting):
+            if request in queue:
+                queue.remove(request)

@@ -1,0 +1,137 @@
+"""The one attention function: causal by position, for a few rows or many, never a full attention map.
+
+Keys stand in order of computation, each with its position. A query row sees the keys at its own position and
+before; a draft row sees, among the drafts, only its ancestors.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from lazyahead.hf.cache import LayerKV
+
+_FEW = 32
+"""Up to this many rows, the query heads that share keys are folded into rows: no key is read twice."""
+_BLOCK = 512
+"""Rows per block where a mask is needed, so that no mask is larger than (512, N)."""
+
+
+class Heads(NamedTuple):
+    """What a layer says about its attention."""
+
+    scaling: float
+    window: int | None = None
+    """Sliding window: a row sees keys less than this many positions back."""
+    chunk: int | None = None
+    """Chunked attention: a row sees keys of its own chunk of this many positions."""
+    softcap: float | None = None
+    """Logits x become softcap * tanh(x / softcap)."""
+    sinks: Tensor | None = None
+    """(H,) one logit per head that takes part in the softmax and leads nowhere."""
+
+
+class Rows(NamedTuple):
+    """The query rows of one request at one layer."""
+
+    positions: Tensor
+    """(T,), rising but for drafts."""
+    last: int
+    """Highest position, known without asking the device."""
+    ancestors: Tensor | None = None
+    """(M, M) for the last M rows, which are drafts: [i, j] says that j is i or comes before it."""
+
+
+def attend(query: Tensor, kv: LayerKV, rows: Rows, heads: Heads) -> Tensor:
+    """Attention of T rows (query (1, H, T, D)) over a layer's keys, whose last T are the rows' own: (1, H, T, D_v)."""
+    num_rows, num_keys = query.shape[2], len(kv)
+    plain = heads.softcap is None and heads.sinks is None
+    whole = _sees_everything(rows, heads)
+    if num_rows == 1 and whole and plain:
+        return _fold(query, kv, None, heads)
+    if num_rows == num_keys and rows.ancestors is None and whole and plain and num_rows > 1:
+        grouped = query.shape[1] != kv.keys.shape[1]
+        return scaled_dot_product_attention(
+            query, kv.keys, kv.values, is_causal=True, scale=heads.scaling, enable_gqa=grouped
+        )
+    blocks = [
+        _attend_block(query[:, :, start : start + _BLOCK], start, kv, rows, heads)
+        for start in range(0, num_rows, _BLOCK)
+    ]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+
+
+def attention_of(query: Tensor, kv: LayerKV, rows: Rows, heads: Heads) -> Tensor:
+    """The attention itself, (H, Q, N) in fp32, that the last Q rows (query (1, H, Q, D)) pay: small Q only."""
+    num_queries, num_keys = query.shape[2], len(kv)
+    mask = None
+    if num_queries > 1 or not _sees_everything(rows, heads):
+        mask = _mask(rows, slice(rows.positions.numel() - num_queries, None), kv.positions, heads)
+    return _weights(query, kv.keys, mask, heads)[0].view(-1, num_queries, num_keys)
+
+
+def _sees_everything(rows: Rows, heads: Heads) -> bool:
+    """No window and no chunk hides an earlier key from any row."""
+    if heads.window is not None and rows.last >= heads.window:
+        return False
+    return heads.chunk is None or rows.last < heads.chunk
+
+
+def _mask(rows: Rows, part: slice, key_positions: Tensor, heads: Heads) -> Tensor:
+    """(T, N) what the rows of `part` see of the keys."""
+    queries = rows.positions[part, None]
+    mask = key_positions <= queries
+    if heads.window is not None:
+        mask &= key_positions > queries - heads.window
+    if heads.chunk is not None:
+        mask &= key_positions // heads.chunk == queries // heads.chunk
+    if rows.ancestors is not None:  # drafts are the last rows and the last keys
+        num_drafts, start = rows.ancestors.shape[0], part.start or 0
+        first_draft = rows.positions.numel() - num_drafts
+        skip = max(0, first_draft - start)  # rows of this part before the drafts
+        seen = rows.ancestors[start + skip - first_draft :][: max(0, mask.shape[0] - skip)]
+        mask[skip : skip + seen.shape[0], -num_drafts:] &= seen
+    return mask
+
+
+def _attend_block(query: Tensor, start: int, kv: LayerKV, rows: Rows, heads: Heads) -> Tensor:
+    num_rows, total = query.shape[2], rows.positions.numel()
+    seen = len(kv) - total + start + num_rows if rows.ancestors is None else len(kv)  # later rows are later keys
+    keys, values = kv.keys[:, :, :seen], kv.values[:, :, :seen]
+    mask = _mask(rows, slice(start, start + num_rows), kv.positions[:seen], heads)
+    if heads.softcap is not None or heads.sinks is not None:
+        weights = _weights(query, keys, mask, heads).to(values.dtype)
+        return (weights @ values).view(1, query.shape[1], num_rows, -1)
+    if num_rows <= _FEW:
+        return _fold(query, kv, mask, heads)
+    grouped = query.shape[1] != keys.shape[1]
+    return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=heads.scaling, enable_gqa=grouped)
+
+
+def _fold(query: Tensor, kv: LayerKV, mask: Tensor | None, heads: Heads) -> Tensor:
+    """Grouped heads as extra rows: (1, H, T, D) -> (1, H_kv, G * T, D) and back."""
+    num_heads, num_rows, num_kv = query.shape[1], query.shape[2], kv.keys.shape[1]
+    groups = num_heads // num_kv
+    folded = query.reshape(1, num_kv, groups * num_rows, -1)
+    if mask is not None:
+        mask = mask.repeat(groups, 1)
+    out = scaled_dot_product_attention(folded, kv.keys, kv.values, attn_mask=mask, scale=heads.scaling)
+    return out.view(1, num_heads, num_rows, -1)
+
+
+def _weights(query: Tensor, keys: Tensor, mask: Tensor | None, heads: Heads) -> Tensor:
+    """Softmax of the logits in fp32, (1, H_kv, G * T, N)."""
+    num_heads, num_rows, num_kv = query.shape[1], query.shape[2], keys.shape[1]
+    groups = num_heads // num_kv
+    logits = (query.reshape(1, num_kv, groups * num_rows, -1) @ keys.transpose(2, 3)).float() * heads.scaling
+    if heads.softcap is not None:
+        logits = heads.softcap * torch.tanh(logits / heads.softcap)
+    if mask is not None:
+        logits = logits.masked_fill(~mask.repeat(groups, 1), -torch.inf)
+    if heads.sinks is None:
+        return logits.softmax(-1)
+    sinks = heads.sinks.float().view(1, num_kv, groups, 1).expand(-1, -1, -1, num_rows).reshape(1, num_kv, -1, 1)
+    return torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]

@@ -1,0 +1,297 @@
+"""The boundary: where rows in flight and the stash meet, are scored, and go on or wait.
+
+One operation serves prefill, decoding and the next turn (LazyLLM, sections 3.1 and 3.2):
+
+    rows in flight + stash  --score-->  which tokens matter  --select-->  rows that go on / rows stashed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lazyahead.config import LazyPrefill
+from lazyahead.hf.attention import Heads, Rows, attend, attention_of
+from lazyahead.hf.cache import Growing
+from lazyahead.prefill.schedule import Boundary
+from lazyahead.prefill.select import best, demanded
+from lazyahead.prefill.stash import Stash
+from lazyahead.session import Session
+
+
+@dataclass
+class Reading:
+    """How far the reading of one prompt has come. A prompt is read in one pass, or in parts beside other requests:
+    parts wait at the first boundary until the last token has chosen, then the chosen go on in parts, and so forth.
+    """
+
+    start: int
+    """First token of this turn."""
+    end: int
+    """Length of the prompt."""
+    prunes: bool
+    """Whether this turn's tokens may be deferred."""
+    question: tuple[int, int] | None = None
+    """Positions that always go on."""
+    num_entered: int = 0
+    """Tokens of this turn that have entered layer 0."""
+    stage: int | None = None
+    """Boundary at which chosen tokens wait to be carried on."""
+    wanted: Tensor | None = None
+    """Stash entries chosen there, by position."""
+    is_done: bool = False
+
+
+class Flight:
+    """The rows of one request during one pass.
+
+    `token_ids` enter at layer 0: the next part of a prompt, or a root and its drafts. `parents` (one per draft, an
+    offset into the drafts or -1 for the root) make them a tree. `limit` bounds the rows of a reading pass.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        config: LazyPrefill | None,
+        token_ids: Sequence[int],
+        device: torch.device,
+        *,
+        depths: Sequence[int] = (),
+        ancestors: Tensor | None = None,
+        reading: Reading | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self.session, self.config, self.reading, self.limit = session, config, reading, limit
+        self.token_ids, self.num_drafts, self._ancestors = token_ids, len(depths), ancestors
+        start = len(session)
+        resumes = reading is not None and reading.stage is not None
+        chain = range(start, start + len(token_ids) - len(depths))
+        places = [reading.end - 1] if resumes and reading else [*chain, *(start + depth for depth in depths)]
+        self.last = max(places)
+        self.entering_positions = torch.tensor(places, device=device)
+        self.positions, self.entered = self.entering_positions, torch.arange(len(places), device=device)
+        self._is_blank = resumes  # one row that only keeps the place of the last token until the stage is reached
+        self.has_last = reading is None or (not resumes and self.last == reading.end - 1)
+        self._num_revived = 0
+        self._scores: Tensor | None = None
+        prunes = reading is not None and reading.prunes
+        self._selective = config is not None and (prunes or (session.num_stashed > 0 and config.revive != "never"))
+        self.blocked = torch.zeros(self.num_drafts, dtype=torch.bool, device=device)
+        """Drafts that would demand a revival: their own output is not to be used in this pass."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.positions.numel()
+
+    @property
+    def speaks(self) -> Sequence[int]:
+        """Rows that give logits: the root and its drafts, or the prompt's last token."""
+        if self.reading is None:
+            return range(len(self.token_ids))
+        return [len(self.token_ids) - 1] if self.has_last or self._is_blank else []
+
+    def entered_tokens(self, accepted: Sequence[int]) -> list[int]:
+        """Tokens of this pass that the session now has: all but the drafts that were not accepted."""
+        if self.reading is not None and self.entering_positions[0] < len(self.session):
+            return []  # carried on tokens that entered in an earlier pass
+        chain = len(self.token_ids) - self.num_drafts
+        return [*self.token_ids[:chain], *(self.token_ids[chain + node] for node in accepted)]
+
+    @property
+    def tables(self) -> list[Growing] | None:
+        return self.session.tables if self._selective else None
+
+    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, heads: Heads) -> Tensor:
+        """Caches the rows' keys and values (1, H_kv, T, D), answers (1, H, T, D_v); scores for the boundary below."""
+        if self._is_blank:
+            return query.new_zeros(1, query.shape[1], query.shape[2], values.shape[-1])
+        kv = self.session.kv[layer]
+        kv.append(keys, values, self.positions)
+        rows = Rows(self.positions, self.last, self._ancestors if self.num_drafts else None)
+        if self._asks_at(layer + 1):
+            num_queries = min(self._num_queries, self.num_rows)
+            self._scores = self._score(attention_of(query[:, :, -num_queries:], kv, rows, heads), kv.positions)
+        return attend(query, kv, rows, heads)
+
+    def cross(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """Rows (T, d) at the entry to `layer` -> the rows that go on, by position; None when nothing changes."""
+        boundary = self.session.boundaries.get(layer)
+        if boundary is None or not self._selective or self.config is None:
+            return None
+        stash = self.session.stashes[layer]
+        if self.reading is not None and self.reading.stage == layer:
+            return self._carry_on(stash, self.reading)
+        if self._is_blank or not self.num_rows or (self.reading is None and not self._asks_at(layer)):
+            return None
+        positions, row_slots = self._below(layer)
+        if not self.has_last:
+            self._defer(stash, hidden, torch.ones_like(row_slots, dtype=torch.bool), row_slots)
+            return hidden[:0]
+        if self.config.scorer.queries == 0:
+            self._scores = self.config.scorer(hidden, positions)[None]
+        chosen = self._choose(boundary, stash, positions, row_slots)
+        if self.reading is not None and self.limit is not None and self._is_too_much(chosen, row_slots, stash):
+            return self._postpone(layer, stash, hidden, chosen, row_slots, self.reading)
+        return self._regroup(stash, hidden, chosen, row_slots)
+
+    # --- score ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _num_queries(self) -> int:
+        assert self.config is not None
+        return 1 + self.num_drafts if self.reading is None else max(1, self.config.scorer.queries)
+
+    def _asks_at(self, layer: int) -> bool:
+        """Whether scores are needed at the entry to `layer`."""
+        if not self._selective or layer not in self.session.boundaries or not self.has_last:
+            return False
+        if self.reading is not None:
+            return self.config is not None and self.config.scorer.queries > 0
+        return len(self.session.stashes[layer]) > 0 or self._num_revived > 0
+
+    def _score(self, attention: Tensor, positions: Tensor) -> Tensor:
+        """Attention (H, Q, N) -> scores: (1, N) for a prompt; in decoding eq. 1 for the root and each draft, (Q, N)."""
+        assert self.config is not None
+        if self.reading is None:
+            return attention.mean(0)
+        return self.config.scorer(attention, positions)[None]
+
+    def _below(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Positions (N,) of all tokens at the layer below, and the slots (T,) of the rows in flight among them."""
+        if layer == 0:
+            return torch.arange(self.last + 1, device=self.positions.device), self.positions
+        positions = self.session.kv[layer - 1].positions
+        return positions, torch.arange(len(positions) - self.num_rows, len(positions), device=positions.device)
+
+    # --- select --------------------------------------------------------------------------------------------------
+
+    def _choose(self, boundary: Boundary, stash: Stash, positions: Tensor, row_slots: Tensor) -> Tensor:
+        """Which of the N tokens below go on, as a mask; in decoding also which drafts would ask for more."""
+        config, scores = self.config, self._scores
+        assert config is not None and scores is not None
+        waiting = self._waiting(stash, positions, row_slots)
+        chosen = self._selected(boundary, scores[0], positions, waiting)
+        left = waiting & ~chosen
+        if self.num_drafts and config.revive == "percentile":
+            for draft, row in enumerate(scores[1:]):
+                self.blocked[draft] |= (self._selected(boundary, row, positions, waiting) & left).any()
+        elif self.num_drafts and config.revive_limit:
+            self.blocked |= ((scores[1:] > config.revive_threshold) & left).any(-1)
+        return chosen
+
+    def _waiting(self, stash: Stash, positions: Tensor, row_slots: Tensor) -> Tensor:
+        """Tokens (N,) that may come back: stashed ones, and those that came back at an earlier boundary."""
+        waiting = torch.zeros_like(positions, dtype=torch.bool)
+        if len(stash):
+            waiting[stash.slots[stash.live]] = True
+        if self._num_revived:
+            waiting[row_slots[self.entered < 0]] = True
+        return waiting
+
+    def _selected(self, boundary: Boundary, scores: Tensor, positions: Tensor, waiting: Tensor) -> Tensor:
+        config, reading = self.config, self.reading
+        assert config is not None
+        end = reading.end if reading else self.session.prompt_len
+        ranked_from = 0 if config.revive == "percentile" else (reading.start if reading else end)
+        chosen = torch.zeros_like(waiting)
+        if ranked_from < end:
+            pool = (positions >= ranked_from) & (positions < end)
+            chosen = best(scores, pool, self._protected(positions, end), boundary.keep_count(end - ranked_from))
+        if config.revive == "demand" and ranked_from > 0:
+            limit = config.revive_limit * (reading.end - reading.start if reading else 1)
+            chosen |= demanded(scores, waiting & (positions < ranked_from), config.revive_threshold, limit)
+        return chosen
+
+    def _protected(self, positions: Tensor, end: int) -> Tensor:
+        config, reading = self.config, self.reading
+        assert config is not None
+        protected = (positions < config.protect_first) | (positions >= end - config.protect_last)
+        if reading is None:
+            return protected
+        protected |= positions == end - 1  # the row that asks
+        if not reading.prunes:
+            protected |= positions >= reading.start
+        if reading.question is not None and config.protect_question:
+            protected |= (positions >= reading.question[0]) & (positions < reading.question[1])
+        return protected
+
+    # --- stash and revive ----------------------------------------------------------------------------------------
+
+    def _regroup(self, stash: Stash, hidden: Tensor, chosen: Tensor, row_slots: Tensor) -> Tensor | None:
+        """Rows not chosen wait, chosen ones that wait come back; the others fly on, by position."""
+        stays = chosen[row_slots]
+        if self.reading is None:
+            stays = stays | (self.entered >= 0)  # the running answer and its drafts never wait
+        live = stash.live
+        returning = live[chosen[stash.slots[live]]] if len(stash) else live
+        num_staying = int(stays.sum())
+        if num_staying == self.num_rows and not returning.numel():
+            return None
+        if num_staying < self.num_rows:
+            self._defer(stash, hidden, ~stays, row_slots)
+            hidden = hidden[stays]
+            self.positions, self.entered = self.positions[stays], self.entered[stays]
+        if returning.numel():
+            hidden = self._revive(stash, returning, hidden)
+        self._num_revived = int((self.entered < 0).sum())
+        return hidden
+
+    def _revive(self, stash: Stash, entries: Tensor, hidden: Tensor) -> Tensor:
+        rows, positions = stash.take(entries)
+        fresh_from = self.reading.start if self.reading else self.session.prompt_len
+        self.session.num_revived += int((positions < fresh_from).sum())
+        head = self.num_rows - self.num_drafts  # drafts stay last, in their own order
+        self.positions = torch.cat([positions, self.positions])
+        self.entered = torch.cat([torch.full_like(positions, -1), self.entered])
+        hidden = torch.cat([rows, hidden])
+        order = torch.arange(self.num_rows, device=positions.device)
+        order[: entries.numel() + head] = self.positions[: entries.numel() + head].argsort(stable=True)
+        self.positions, self.entered = self.positions[order], self.entered[order]
+        return hidden[order]
+
+    def _defer(self, stash: Stash, hidden: Tensor, which: Tensor, row_slots: Tensor) -> None:
+        stash.add(hidden[which], self.positions[which], row_slots[which])
+        if bool(which.all()):
+            self.positions, self.entered = self.positions[:0], self.entered[:0]
+
+    # --- reading in parts ----------------------------------------------------------------------------------------
+
+    def _is_too_much(self, chosen: Tensor, row_slots: Tensor, stash: Stash) -> bool:
+        returning = int(chosen[stash.slots[stash.live]].sum()) if len(stash) else 0
+        return self.limit is not None and int(chosen[row_slots].sum()) + returning > self.limit
+
+    def _postpone(
+        self, layer: int, stash: Stash, hidden: Tensor, chosen: Tensor, row_slots: Tensor, reading: Reading
+    ) -> Tensor:
+        """Too many chosen for this pass: all wait here, the chosen are carried on from the next pass on."""
+        self._defer(stash, hidden, torch.ones_like(row_slots, dtype=torch.bool), row_slots)
+        live = stash.live
+        wanted = live[chosen[stash.slots[live]]]
+        reading.stage, reading.wanted = layer, wanted[stash.positions[wanted].argsort()]
+        return hidden[:0]
+
+    def _carry_on(self, stash: Stash, reading: Reading) -> Tensor:
+        """The next part of those chosen at this boundary replaces the row that kept their place."""
+        assert reading.wanted is not None
+        assert self.config is not None
+        part = reading.wanted[: part_len(len(reading.wanted), self.limit, self.config.scorer.queries)]
+        reading.wanted = reading.wanted[part.numel() :]
+        hidden, self.positions = stash.take(part)
+        self.session.num_revived += int((self.positions < reading.start).sum())
+        self.entered = torch.full_like(self.positions, -1)
+        self._is_blank, self.has_last = False, not reading.wanted.numel()
+        if self.has_last:
+            reading.stage = None
+            self.entered[-1] = 0  # the prompt's last token takes the place it speaks from
+        return hidden
+
+
+def part_len(remaining: int, limit: int | None, num_queries: int) -> int:
+    """Rows of the next part: at most `limit`, but the last part holds every row that scores."""
+    if limit is None or remaining <= limit:
+        return remaining
+    part = min(limit, remaining - num_queries)
+    return part if part > 0 else remaining

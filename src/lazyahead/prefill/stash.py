@@ -1,0 +1,81 @@
+"""The paper's Aux Cache: hidden states of tokens that have no keys and values at a layer and below it have."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lazyahead.hf.cache import Growing
+
+
+class Stash:
+    """Deferred tokens of one request at one boundary.
+
+    `hidden` (N, d) is what would enter the layer, `positions` (N,) the places in the text, `slots` (N,) where their
+    keys stand at the layer below. A revived entry is only marked; `compact` frees the room.
+    """
+
+    def __init__(self) -> None:
+        self._hidden, self._positions, self._slots, self._live = Growing(), Growing(), Growing(), Growing()
+        self._num_live = 0
+
+    def __len__(self) -> int:
+        """Tokens that wait here."""
+        return self._num_live
+
+    @property
+    def nbytes(self) -> int:
+        return self._hidden.nbytes + self._positions.nbytes + self._slots.nbytes
+
+    @property
+    def live(self) -> Tensor:
+        """Entries that wait, as indices (rising)."""
+        if not self._num_live:
+            return torch.empty(0, dtype=torch.long)
+        return self._live.rows.nonzero()[:, 0]
+
+    @property
+    def hidden(self) -> Tensor:
+        return self._hidden.rows
+
+    @property
+    def positions(self) -> Tensor:
+        return self._positions.rows
+
+    @property
+    def slots(self) -> Tensor:
+        return self._slots.rows
+
+    def add(self, hidden: Tensor, positions: Tensor, slots: Tensor) -> None:
+        """Defers tokens: hidden (T, d), positions (T,), slots (T,)."""
+        self._hidden.append(hidden)
+        self._positions.append(positions)
+        self._slots.append(slots)
+        self._live.append(torch.ones_like(positions, dtype=torch.bool))
+        self._num_live += positions.numel()
+
+    def take(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """Revives live `entries`: their hidden states (T, d) and positions (T,); they no longer wait."""
+        self._live.rows[entries] = False
+        self._num_live -= entries.numel()
+        return self.hidden[entries], self.positions[entries]
+
+    def compact(self) -> None:
+        """Frees the room of revived entries once they are the larger part."""
+        if 2 * self._num_live < len(self._live):
+            self._keep(self.live)
+
+    def crop(self, num_tokens: int, stayed: Tensor, num_slots: int) -> None:
+        """Forgets tokens at position `num_tokens` and later; `stayed` are the slots below that remain, renumbered."""
+        if not len(self._live):
+            return
+        renumbered = torch.full((num_slots,), -1, device=stayed.device)
+        renumbered[stayed] = torch.arange(stayed.numel(), device=stayed.device)
+        self.slots.copy_(renumbered[self.slots])
+        self._keep((self._live.rows & (self.positions < num_tokens)).nonzero()[:, 0])
+
+    def _keep(self, entries: Tensor) -> None:
+        kept = [part.rows[entries] for part in (self._hidden, self._positions, self._slots)]
+        self.__init__()  # type: ignore[misc]
+        if entries.numel():
+            self.add(*kept)

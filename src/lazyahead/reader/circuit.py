@@ -1,0 +1,165 @@
+"""The reader's initial weights: a standard architecture with a copying circuit placed in its middle layers.
+
+From random weights a model of this size needs far more text than a CPU can read before it learns to look things up.
+So a few weights start as a circuit that already does; they are ordinary weights and are trained on like all others.
+
+- Layer 2 gathers. By position alone (biases of q and k under rotary positions) its four heads attend to the previous
+  token, to the one before it, and to windows of the last 6 and 16 tokens, and write short codes of what they see into
+  subspaces of their own: x = token + previous + one before + window.
+- Layers 4 to 6 match. They have no rotary positions, so distance does not matter. A query made of the last tokens and
+  their window finds places whose *preceding* tokens and window are the same, and copies the token that stands there.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import SmolLM3Config, SmolLM3ForCausalLM
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention
+
+GATHER_LAYER = 2
+MATCH_LAYERS = (4, 5, 6)
+NO_ROPE_LAYERS = (4, 5, 6, 9)
+CODE = 32  # dimensions of a token's code
+KERNELS = ((0, 1), (0, 0, 1), (1,) * 6, (1,) * 16)  # wanted attention over distance, one per gathering head
+KEY_STRENGTH = 4.0
+TOKEN_NORM = 0.7  # length of a token embedding; the gathered codes get a similar length
+
+
+@dataclass(frozen=True)
+class Size:
+    """The shape of a reader: widths and counts of a grouped-query decoder with 12 layers."""
+
+    width: int
+    head_dim: int
+    mlp: int
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    num_layers: int = 12
+
+    def config(self, vocab_size: int) -> SmolLM3Config:
+        """A stock architecture: every other tool that knows it can run the reader."""
+        return SmolLM3Config(
+            vocab_size=vocab_size,
+            hidden_size=self.width,
+            intermediate_size=self.mlp,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=self.num_heads,
+            num_key_value_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            max_position_embeddings=16384,
+            attention_bias=True,
+            tie_word_embeddings=True,
+            no_rope_layers=[int(layer not in NO_ROPE_LAYERS) for layer in range(self.num_layers)],
+            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=2,
+        )
+
+
+SIZES = {"small": Size(width=192, head_dim=48, mlp=384), "large": Size(width=256, head_dim=64, mlp=512)}
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Orthonormal directions of the residual stream: where tokens live and where gathered codes are written."""
+
+    token: Tensor  # (T, D), rows
+    code: Tensor  # (CODE, D), rows inside the token space: reads a token's code
+    previous: Tensor  # (CODE, D)
+    before: Tensor  # (CODE, D): the token before the previous one
+    window: Tensor  # (CODE, D)
+
+
+def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """`rows` orthonormal rows of length `columns` (or orthonormal columns where rows > columns)."""
+    side = max(rows, columns)
+    return torch.linalg.qr(torch.randn(side, side, generator=generator))[0][:rows, :columns]
+
+
+def build_model(size: Size, vocab_size: int, seed: int = 0) -> SmolLM3ForCausalLM:
+    """A fresh reader in fp32 with the circuit in place; the same seed gives the same weights."""
+    torch.manual_seed(seed)
+    model = SmolLM3ForCausalLM(size.config(vocab_size))
+    generator = torch.Generator().manual_seed(seed)
+    basis = _orthonormal(size.width, size.width, generator)
+    num_token = size.width - 3 * CODE
+    token, previous, before, window = basis.split([num_token, CODE, CODE, CODE])
+    code = _orthonormal(num_token, num_token, generator)[:CODE] @ token
+    frames = Frames(token, code, previous, before, window)
+    with torch.no_grad():
+        embeddings = torch.randn(vocab_size, num_token, generator=generator) @ token  # (V, D)
+        model.model.embed_tokens.weight.copy_(TOKEN_NORM / math.sqrt(num_token) * embeddings)
+        model.model.norm.weight.fill_(1.2)
+        for layer in model.model.layers:  # everything that is not the circuit starts almost silent
+            layer.self_attn.o_proj.weight.mul_(0.1)
+            layer.mlp.down_proj.weight.mul_(0.1)
+        _place_gather(model, size, frames)
+        for layer in MATCH_LAYERS:
+            _place_match(model.model.layers[layer].self_attn, size, frames, generator, layer - MATCH_LAYERS[0])
+    return model
+
+
+def _fit_kernel(kernel: tuple[int, ...], inv_freq: Tensor) -> Tensor:
+    """The query bias whose attention to keys all equal to (KEY_STRENGTH, …, 0, …) follows `kernel`: (head_dim,).
+
+    Under rotary positions the score is linear in the query and depends on distance alone, so this is a convex fit.
+    """
+    distance = torch.arange(16384, dtype=torch.float64)
+    angle = distance[:, None] * inv_freq.double()  # (16384, head_dim / 2)
+    seen = KEY_STRENGTH * torch.cat([angle.cos(), -angle.sin()], 1) / math.sqrt(2 * len(inv_freq))
+    target = torch.zeros_like(distance)
+    target[: len(kernel)] = torch.tensor(kernel, dtype=torch.float64) / sum(kernel)
+    query = torch.zeros(2 * len(inv_freq), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([query], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = 1e-4 * query.square().sum() - (target * torch.log_softmax(seen @ query, 0)).sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)  # type: ignore[arg-type]
+    return query.detach().float()
+
+
+def _place_gather(model: SmolLM3ForCausalLM, size: Size, frames: Frames) -> None:
+    attention, dim = model.model.layers[GATHER_LAYER].self_attn, size.head_dim
+    key = torch.cat([torch.full((dim // 2,), KEY_STRENGTH), torch.zeros(dim // 2)])
+    attention.q_proj.bias.copy_(torch.cat([_fit_kernel(kernel, model.model.rotary_emb.inv_freq) for kernel in KERNELS]))
+    attention.k_proj.bias.copy_(key.repeat(size.num_kv_heads))
+    attention.q_proj.weight.mul_(0.2)
+    attention.k_proj.weight.mul_(0.2)
+    attention.v_proj.weight.zero_()
+    attention.o_proj.weight.zero_()
+    for group in range(2):
+        attention.v_proj.weight[group * dim : group * dim + CODE] = frames.code
+    # A token's code has length sqrt(D * CODE / T) after the norm; scale it to the length of a token.
+    unit = TOKEN_NORM / math.sqrt(size.width * CODE / len(frames.token))
+    targets = [(frames.previous, 1.0), (frames.before, 0.8), (frames.window, 1.0), (frames.window, 1.6)]
+    for head, (target, scale) in enumerate(targets):
+        attention.o_proj.weight[:, head * dim : head * dim + CODE] = target.T * unit * scale
+
+
+def _place_match(attention: SmolLM3Attention, size: Size, frames: Frames, generator: torch.Generator, order: int) -> None:
+    dim, sharpness, copy = size.head_dim, (1.6, 1.7, 2.0)[order], (0.06, 0.06, 0.12)[order]
+    spread = [_orthonormal(dim, dim, generator)[:, :CODE] for _ in range(3)]  # (head_dim, CODE) each
+    last = (frames.code, frames.previous, frames.window)  # what a query knows: token, previous, window
+    ahead = (frames.previous, frames.before, frames.window)  # the same three, seen from the place after
+
+    def mix(parts: tuple[Tensor, Tensor, Tensor], weights: tuple[float, float, float]) -> Tensor:
+        return sharpness * sum(w * s @ p for w, s, p in zip(weights, spread, parts, strict=True))
+
+    queries = [(1.4, 1.0, 0.0), (1.4, 0.7, 0.7), (0.7, 0.3, 1.0), (0.4, 0.0, 1.2)]
+    keys = [(1.0, 1.0, 0.7), (0.7, 0.5, 1.0)]
+    attention.q_proj.weight.copy_(torch.cat([mix(last, weights) for weights in queries]))
+    attention.k_proj.weight.copy_(torch.cat([mix(ahead, weights) for weights in keys]))
+    turn = _orthonormal(len(frames.token), len(frames.token), generator)
+    for group in range(2):  # the two groups copy different parts of the token
+        read = turn[group * dim : (group + 1) * dim] @ frames.token  # (head_dim or fewer, D)
+        attention.v_proj.weight[group * dim : group * dim + len(read)] = read
+        for head in (2 * group, 2 * group + 1):
+            attention.o_proj.weight[:, head * dim : head * dim + len(read)] = read.T * copy

@@ -1,0 +1,98 @@
+"""Logits to token. Noise is drawn per seed and place in the answer, so drafting cannot change what is sampled."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from lazyahead.errors import ConfigError
+
+Processor = Callable[[Tensor, Tensor], Tensor]
+"""Token ids so far (1, N) and logits (1, V) to logits (1, V), as transformers' `LogitsProcessor`."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen and when to stop. Raises ConfigError naming a value that cannot mean anything."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """0: all tokens."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    min_new_tokens: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that are never written."""
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer; they are not part of it."""
+    seed: int | None = None
+    """None draws one."""
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        checks: list[tuple[str, float, float]] = [
+            ("max_new_tokens", 1, 1 << 20),
+            ("temperature", 0, 100),
+            ("top_k", 0, 1 << 31),
+            ("min_p", 0, 1),
+            ("presence_penalty", -10, 10),
+            ("frequency_penalty", -10, 10),
+            ("no_repeat_ngram_size", 0, 1 << 20),
+            ("min_new_tokens", 0, 1 << 20),
+        ]
+        for name, low, high in checks:
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and isfinite(value) and low <= value <= high):
+                raise ConfigError(f"{name} must be between {low} and {high}, got {value!r}")
+        if not (isfinite(self.top_p) and 0 < self.top_p <= 1):
+            raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
+        if not (isfinite(self.repetition_penalty) and 0 < self.repetition_penalty <= 10):
+            raise ConfigError(f"repetition_penalty must be above 0 and at most 10, got {self.repetition_penalty!r}")
+        if isinstance(self.stop, str) or not all(isinstance(stop, str) and stop for stop in self.stop):
+            raise ConfigError(f"stop must be a tuple of texts that are not empty, got {self.stop!r}")
+        if self.seed is not None and not 0 <= self.seed < 1 << 63:
+            raise ConfigError(f"seed must be between 0 and 2**63 - 1, got {self.seed!r}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ConfigError(f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}")
+
+
+class Picker:
+    """Chooses the token after a prefix: processors on that very prefix, then the likeliest or a seeded draw."""
+
+    def __init__(self, processors: Processor | None = None, do_sample: bool = False, seed: int | None = None) -> None:
+        self.processors, self.do_sample = processors, do_sample
+        self.seed = secrets.randbits(62) if seed is None else seed
+
+    @property
+    def is_plain(self) -> bool:
+        """The likeliest token of the bare logits: nothing depends on the prefix."""
+        return self.processors is None and not self.do_sample
+
+    def process(self, logits: Tensor, prefix: Tensor) -> Tensor:
+        """Logits (V,) after `prefix` (1, N), as they are chosen from, in fp32."""
+        logits = logits.float()
+        return logits if self.processors is None else self.processors(prefix, logits[None])[0]
+
+    def choose(self, logits: Tensor, offset: int) -> int:
+        """Token from processed logits (V,) at place `offset` of the answer."""
+        if not self.do_sample:
+            return int(logits.argmax())
+        return int((logits.softmax(-1) / self._noise(offset, logits)).argmax())
+
+    def _noise(self, offset: int, like: Tensor) -> Tensor:
+        """Exponential noise: argmax of p / noise is a draw from p, and changes as little as p does."""
+        mixed = (self.seed * 0x9E3779B97F4A7C15 + (offset + 1) * 0xBF58476D1CE4E5B9) % (1 << 63)
+        generator = torch.Generator().manual_seed(mixed)
+        return torch.empty(like.shape, dtype=torch.float32).exponential_(generator=generator).to(like.device)
