@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 VOCAB_SIZE = 101
 WINDOW = 8
@@ -73,8 +73,12 @@ def prompt(num_tokens: int = 40, seed: int = 0) -> torch.Tensor:
 
 
 def table(rows: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Callable[[], PreTrainedModel]]:
-    """Name -> builder, from name -> (model type, overrides)."""
-    return {name: partial(build, model_type, **overrides) for name, (model_type, overrides) in rows.items()}
+    """Name -> builder, from name -> (model type, overrides). Types that this transformers does not know are left out."""
+    return {
+        name: partial(build, model_type, **overrides)
+        for name, (model_type, overrides) in rows.items()
+        if model_type in CONFIG_MAPPING
+    }
 
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = table(

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import typer
 
 from lazyahead.cli import INTERRUPTED, options
-from lazyahead.cli.generate import answer
+from lazyahead.cli.generate import Ask, answer
 from lazyahead.cli.output import describe, note
 from lazyahead.errors import RequestError
-from lazyahead.text import Prompt, encode_turn, read_text
+from lazyahead.text import read_text
 
 if TYPE_CHECKING:
     from lazyahead.llm import LLM
@@ -62,21 +63,25 @@ class Conversation:
 
     def turn(self, question: str) -> None:
         """One question, one answer, and its measurements."""
-        prompt = self._encode(question)
         try:
-            completion = answer(self.llm, prompt, self.sampling, self.session)
-        except KeyboardInterrupt:  # while reading: nothing was said yet
-            note("stopped")
+            completion = answer(self._ask(question))
+        except KeyboardInterrupt:  # in mid-pass: what the session holds of this turn is not whole
+            self.session = self.llm.session()
+            note("stopped while reading; the next question reads from the start")
             return
         note(describe(completion.stats) + (" · stopped" if completion.finish_reason == "cancelled" else ""))
-        self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": completion.text}]
+        self.turns += [self._said(question), {"role": "assistant", "content": completion.text}]
 
-    def _encode(self, question: str) -> Prompt:
+    def _ask(self, question: str) -> Ask:
+        options = {"sampling": self.sampling, "session": self.session}
         if not self.turns:
-            return self.llm.encode(self.document, question)
-        return encode_turn(
-            self.llm.tokenizer, [*self.turns, {"role": "user", "content": question}], self.session.history
-        )
+            return partial(self.llm.stream, self.document, question, **options)
+        return partial(self.llm.chat, [*self.turns, self._said(question)], **options)
+
+    def _said(self, question: str) -> dict[str, str]:
+        """The user's message; the first one carries the document."""
+        document = self.document if not self.turns else ""
+        return {"role": "user", "content": "\n\n".join(part for part in (document, question) if part)}
 
 
 def lines() -> Iterator[str]:

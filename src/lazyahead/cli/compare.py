@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from lazyahead.llm import LLM
     from lazyahead.results import Completion
     from lazyahead.sampling import Sampling
-    from lazyahead.text import Prompt
 
 
 class Timing(NamedTuple):
@@ -57,15 +56,16 @@ class Comparison(NamedTuple):
         }
 
 
-def measure(llm: LLM, prompt: Prompt, sampling: Sampling, runs: int) -> Comparison:
+def measure(llm: LLM, document: str, question: str | None, sampling: Sampling, runs: int) -> Comparison:
     """An untimed round of both first, then `runs` timed rounds, one side after the other in each."""
     from lazyahead.bench.baseline import BaselineRun, run_baseline  # noqa: PLC0415
     from lazyahead.results import Completion  # noqa: PLC0415
 
+    token_ids = llm.encode(document, question).token_ids
     ours, theirs = list[Completion](), list[BaselineRun]()
     for _ in range(runs + 1):
-        theirs.append(run_baseline(llm.model, prompt.token_ids, sampling, llm.tokenizer))
-        ours.append(Completion.fold(list(llm.stream(prompt, sampling=sampling))))
+        theirs.append(run_baseline(llm.model, token_ids, sampling, llm.tokenizer))
+        ours.append(llm.generate(document, question, sampling=sampling))
     ours, theirs = ours[1:], theirs[1:]
     stats = [completion.stats for completion in ours]
     return Comparison(
@@ -77,13 +77,13 @@ def measure(llm: LLM, prompt: Prompt, sampling: Sampling, runs: int) -> Comparis
 
 
 def compare_and_show(
-    llm: LLM, prompt: Prompt, sampling: Sampling, runs: int, *, quiet: bool
+    llm: LLM, document: str, question: str | None, sampling: Sampling, runs: int, *, quiet: bool
 ) -> tuple[Completion, dict[str, Any]]:
     """Measures, prints the table unless `quiet`, and gives the fields that `--json` adds."""
     from lazyahead.cli.options import quiet_transformers, waiting  # noqa: PLC0415
 
     with quiet_transformers(), waiting(f"running both sides {runs} + 1 times"):
-        result = measure(llm, prompt, sampling, runs)
+        result = measure(llm, document, question, sampling, runs)
     if not quiet:
         _show(llm, result, runs, sampled=sampling.temperature > 0)
     baseline = {"text": result.baseline_text, "ttft_s": result.baseline.ttft_s, "decode_s": result.baseline.decode_s}

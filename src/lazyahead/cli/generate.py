@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import sys
-from contextlib import closing
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lazyahead.cli import INTERRUPTED, options
-from lazyahead.cli.output import ReadingBar, describe, note, print_json, record, whole_file
+from lazyahead.cli.output import Interrupt, ReadingBar, describe, note, print_json, record, whole_file
 from lazyahead.errors import RequestError
-from lazyahead.text import Prompt, encode_turn, read_text
+from lazyahead.text import read_text
 
 if TYPE_CHECKING:
     from lazyahead.llm import LLM
-    from lazyahead.results import Completion
+    from lazyahead.results import Completion, Piece
     from lazyahead.sampling import Sampling
     from lazyahead.session import Session
+
+Ask = Callable[..., "Iterator[Piece]"]
+"""A question, ready to be asked: takes `on_progress`."""
 
 
 def generate(
@@ -53,44 +57,41 @@ def generate(
     if compare and session:
         raise RequestError("--compare reads everything anew and --session continues; give one of them")
     llm = options.Loading(model, dtype, device, prefill, decode).load()
-    kept = _open_session(llm, session, explain is not None)
-    request = _encode(llm, document, question, kept)
+    kept = _open_session(llm, session, needed=explain is not None)
+    ask = _question(llm, document, question, kept, sampling)
+    results: dict[str, Any] = {}
     if compare:
         from lazyahead.cli.compare import compare_and_show  # noqa: PLC0415
 
-        completion, results = compare_and_show(llm, request, sampling, runs, quiet=json)
-    else:
-        completion = answer(llm, request, sampling, kept, quiet=json)
-        results = {}
+        _, results = compare_and_show(llm, document, question, sampling, runs, quiet=json)
+    completion = answer(ask, quiet=json or compare)
+    if not compare:
         note(describe(completion.stats))
-    if completion.finish_reason != "cancelled" and kept is not None:
-        if compare:
-            answer(llm, request, sampling, kept, quiet=True)
+    cancelled = completion.finish_reason == "cancelled"
+    if kept is not None and not cancelled:
         _keep(llm, kept, completion, session, explain)
     if json:
         values = {**summary(completion), **results}
         print_json(record(llm, seed=sampling.seed, runs=runs if compare else 1, results=values, **asdict(sampling)))
-    if completion.finish_reason == "cancelled":
+    if cancelled:
         raise typer.Exit(INTERRUPTED)
 
 
-def answer(llm: LLM, prompt: Prompt, sampling: Sampling, session: Session | None, *, quiet: bool = False) -> Completion:
+def answer(ask: Ask, *, quiet: bool = False) -> Completion:
     """Streams an answer to stdout and folds it. Ctrl-C ends it with what it has: `cancelled`."""
     from lazyahead.results import Completion, Piece  # noqa: PLC0415
 
     bar, pieces = ReadingBar(), list[Piece]()
     try:
-        with closing(llm.stream(prompt, sampling=sampling, session=session, on_progress=bar)) as stream:
-            for piece in stream:
+        with Interrupt() as interrupt:
+            for piece in ask(on_progress=bar):
                 bar.close()
+                interrupt.can_wait = True
                 pieces.append(piece)
                 if not quiet:
                     print(piece.text, end="", flush=True)
-    except KeyboardInterrupt:
-        if not pieces:
-            raise
-        whole = Completion.fold(pieces)
-        return Completion(whole.text, whole.token_ids, whole.stats, "cancelled")
+                if interrupt.came:
+                    break
     finally:
         bar.close()
         if pieces and not quiet:
@@ -134,20 +135,20 @@ def _open_session(llm: LLM, path: Path | None, needed: bool) -> Session | None:
     return llm.session() if path is not None or needed else None
 
 
-def _encode(llm: LLM, document: str, question: str | None, session: Session | None) -> Prompt:
+def _question(llm: LLM, document: str, question: str | None, session: Session | None, sampling: Sampling) -> Ask:
     """A new text starts anew (sharing what a session has read of it); a bare question is the session's next turn."""
     if session is not None and len(session) and not (document and question):
-        turns = [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]
+        turns = [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]  # the session has them
         last = {"role": "user", "content": question or document}
-        return encode_turn(llm.tokenizer, [*turns, last], session.history)
-    return llm.encode(document, question)
+        return partial(llm.chat, [*turns, last], sampling=sampling, session=session)
+    llm.encode(document, question)  # an empty prompt is refused before anything is measured
+    return partial(llm.stream, document, question, sampling=sampling, session=session)
 
 
 def _keep(llm: LLM, session: Session, completion: Completion, path: Path | None, explain: Path | None) -> None:
     """Writes what was asked to be kept."""
     if path is not None:
-        with whole_file(path) as name:
-            session.save(name)
+        llm.save_session(session, path)
     if explain is not None:
         from lazyahead.cli.explain import explain_page  # noqa: PLC0415
 

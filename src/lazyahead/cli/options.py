@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lazyahead.errors import ConfigError
+from lazyahead.errors import ConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from lazyahead.config import LazyPrefill, Lookahead
@@ -60,7 +60,10 @@ class Loading:
         with waiting("loading"), quiet_transformers():
             from lazyahead.llm import LLM  # noqa: PLC0415  (torch takes seconds to import: not for --help)
 
-            return LLM(**given)
+            try:
+                return LLM(**given)
+            except UnsupportedModelError as error:
+                raise UnsupportedModelError(f"{error} (here: --prefill off --decode off)") from None
 
 
 def parse_prefill(text: str) -> LazyPrefill | None:

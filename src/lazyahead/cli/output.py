@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,6 +95,30 @@ class ReadingBar:
             self._progress.stop()
             self._progress = None
         self._enabled = False
+
+
+class Interrupt:
+    """Ctrl-C between two steps rather than inside one: a session stays whole. While it cannot wait, it raises."""
+
+    def __init__(self) -> None:
+        self.came = False
+        """Ctrl-C was pressed; end after this step."""
+        self.can_wait = False
+        """Whether a next step is near. A second Ctrl-C never waits."""
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, *_: object) -> None:
+        if self.came or not self.can_wait:
+            raise KeyboardInterrupt
+        self.came = True
 
 
 @contextmanager

@@ -58,17 +58,16 @@ def compare_greedy(llm: LLM, texts: tuple[str, ...], max_new_tokens: int) -> dic
     from lazyahead.bench.baseline import run_baseline  # noqa: PLC0415
     from lazyahead.sampling import Sampling  # noqa: PLC0415
 
-    sampling, num_tokens, partings = Sampling(max_new_tokens=max_new_tokens), 0, list[Divergence]()
-    for index, text in enumerate(texts):
-        prompt = llm.encode(text)
-        expected = run_baseline(llm.model, prompt.token_ids, sampling).token_ids
-        given = llm.generate(prompt, sampling=sampling).token_ids
-        num_tokens += len(expected)
-        pairs = enumerate(zip_longest(expected, given))
+    sampling, partings = Sampling(max_new_tokens=max_new_tokens), list[Divergence]()
+    prompts = [llm.encode(text).token_ids for text in texts]
+    expected = [run_baseline(llm.model, token_ids, sampling).token_ids for token_ids in prompts]
+    given = [completion.token_ids for completion in llm.generate(prompts, sampling=sampling)]  # all at once
+    for index, tokens in enumerate(zip(expected, given, strict=True)):
+        pairs = enumerate(zip_longest(*tokens))
         partings += [Divergence(index, place) for place, (a, b) in pairs if a != b][:1]
     return {
         "prompts": len(texts),
-        "tokens": num_tokens,
+        "tokens": sum(map(len, expected)),
         "diverged": len(partings),
         "first_divergence": partings[0]._asdict() if partings else None,
         "dtype": str(llm.model.dtype).removeprefix("torch."),

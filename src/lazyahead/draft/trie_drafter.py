@@ -86,7 +86,7 @@ class _Namespace:
 
 _PATIENCE = 8  # misses in a row before lookups are skipped
 _MAX_SKIP = 7  # lookups skipped at most before one is tried
-_HEADROOM = 4096  # tokens of answer that the prompt's index has room for
+_HEADROOM = 2048  # tokens of answer that the prompt's index has room for
 _USED_MATCH_LEN = 4  # a shorter match in a remembered text does not count as a use of it
 
 

@@ -130,7 +130,7 @@ class Runner:
             if self._depth == 0:
                 self._hooks.close()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, flights: Sequence[Flight]) -> Tensor:
         """Logits (R, V) of all rows that speak, flights in order. Raises OutOfMemoryError when the device is full."""
         if self._depth == 0:

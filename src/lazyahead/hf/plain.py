@@ -51,7 +51,7 @@ class PlainRunner:
         """Nothing to attach."""
         yield self
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, flights: Sequence[_Flight]) -> Tensor:
         """Logits (R, V) of the rows that speak of one flight."""
         (flight,) = flights

@@ -75,7 +75,7 @@ def _obstacle(model: PreTrainedModel, anatomy: Anatomy) -> str | None:
         return f"its forward does not fit the seams ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _self_test(model: PreTrainedModel, anatomy: Anatomy) -> str | None:
     """Reads 12 tokens in three passes and compares with plain: 7 held back half-way, 4 that revive them, 1 alone."""
     vocabulary = int(model.config.get_text_config().vocab_size)

@@ -1,0 +1,101 @@
+"""Loading a model from a folder or a hub name: safetensors only, no remote code, one clear sentence when it fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from lazyahead.errors import ConfigError, ModelNotFoundError, OutOfMemoryError, UnsupportedModelError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, Any]:
+    """Model (in eval mode) and tokenizer.
+
+    Raises ConfigError for an unknown dtype or device, ModelNotFoundError when there is nothing to load,
+    UnsupportedModelError when transformers does not know the architecture.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    target = _device(device)
+    _check_folder(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return model.eval().to(target), tokenizer
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(f"{name} does not fit on {target}; choose a smaller model or dtype") from error
+    except OSError as error:
+        reason = _first_line(error)
+        raise ModelNotFoundError(f"cannot load model {name!r}: {reason}") from None
+    except (ValueError, KeyError, ImportError) as error:
+        raise UnsupportedModelError(f"cannot load model {name!r}: {_first_line(error)}") from None
+
+
+def max_context(model: PreTrainedModel) -> int:
+    """Positions that the model was made for; a very large number where it does not say."""
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 1 << 30
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end an answer: the generation config's, else the model's, else the tokenizer's."""
+    for owner in (model.generation_config, model.config.get_text_config(), tokenizer):
+        value = getattr(owner, "eos_token_id", None)
+        if value is not None:
+            return tuple(value) if isinstance(value, list | tuple) else (int(value),)
+    return ()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used: {_first_line(error)}") from None
+
+
+def _check_folder(name: str) -> None:
+    """What looks like a path must be a folder with a config and safetensors weights."""
+    folder = Path(name)
+    if not folder.exists():
+        if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+            raise ModelNotFoundError(f"no model folder at {name!r}; check the path, or give a hub name as owner/name")
+        return
+    if not folder.is_dir():
+        raise ModelNotFoundError(f"{name!r} is a file; give the folder that holds config.json and the weights")
+    if not (folder / "config.json").exists():
+        raise ModelNotFoundError(f"{name!r} holds no config.json, so it is no model folder")
+    if not list(folder.glob("*.safetensors")):
+        raise ModelNotFoundError(
+            f"{name!r} holds no *.safetensors; other formats can run code when loaded, convert it with save_pretrained"
+        )
+
+
+def model_config(name: str) -> Any:
+    """The config alone. Raises as `load`."""
+    _check_folder(name)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except OSError as error:
+        raise ModelNotFoundError(f"cannot load model {name!r}: {_first_line(error)}") from None
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(f"cannot load model {name!r}: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
