@@ -73,7 +73,7 @@ def prompt(num_tokens: int = 40, seed: int = 0) -> torch.Tensor:
 
 
 def table(rows: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Callable[[], PreTrainedModel]]:
-    """Name -> builder, from name -> (model type, overrides). Types that this transformers does not know are left out."""
+    """Name -> builder, from name -> (model type, overrides). Types unknown to this transformers are left out."""
     return {
         name: partial(build, model_type, **overrides)
         for name, (model_type, overrides) in rows.items()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lazyahead.config import PRESETS, LazyPrefill, Lookahead
     from lazyahead.errors import LazyAheadError
-    from lazyahead.hf.generate import accelerate
+    from lazyahead.hf.generate import accelerate, custom_generate
     from lazyahead.hf.probe import Support, probe
     from lazyahead.llm import LLM
     from lazyahead.results import Completion, Piece, Reach, Stats
@@ -32,6 +32,7 @@ _HOME = {
     "Support": "hf.probe",
     "probe": "hf.probe",
     "accelerate": "hf.generate",
+    "custom_generate": "hf.generate",
     "LazyAheadError": "errors",
 }
 
@@ -50,6 +51,7 @@ __all__ = [
     "Support",
     "__version__",
     "accelerate",
+    "custom_generate",
     "probe",
 ]
 

@@ -290,9 +290,7 @@ class Engine:
         if reading.stage is None:
             queries = self.prefill.scorer.queries if self.prefill is not None else 1
             token_ids = request.prompt[start : start + part_len(reading.end - start, limit, max(1, queries))]
-        return Flight(
-            request.session, self.prefill, token_ids, self.runner.device, reading=reading, limit=limit
-        )
+        return Flight(request.session, self.prefill, token_ids, self.runner.device, reading=reading, limit=limit)
 
     def _walk(self, request: Request, flight: Flight, rows: Tensor) -> tuple[list[int], list[int]]:
         """Follows the model's own choices through the draft."""

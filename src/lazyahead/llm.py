@@ -11,6 +11,7 @@ from typing import Any, overload
 from transformers import PreTrainedModel
 
 from lazyahead.config import LazyPrefill, Lookahead
+from lazyahead.draft.build import drafter_for
 from lazyahead.engine import Engine, Request
 from lazyahead.errors import ContextLengthError, RequestError, UnsupportedModelError
 from lazyahead.hf.forward import Runner
@@ -65,7 +66,7 @@ class LLM:
                 "pass prefill=None and decode=None"
             )
         runner = PlainRunner(self.model) if anatomy is None else Runner(self.model, anatomy)
-        self.engine = Engine(runner, prefill, decode, drafter=_drafter(decode), max_stall_rows=max_stall_rows)
+        self.engine = Engine(runner, prefill, decode, drafter=drafter_for(decode), max_stall_rows=max_stall_rows)
         self.max_context = max_context(self.model)
         self.eos_ids = eos_ids(self.model, self.tokenizer)
         self._lock = threading.RLock()
@@ -164,7 +165,9 @@ class LLM:
         token_ids = [int(token) for token in prompt]
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         if any(not 0 <= token < vocabulary for token in token_ids):
-            raise RequestError(f"token ids must be between 0 and {vocabulary - 1}, got {min(token_ids)}..{max(token_ids)}")
+            raise RequestError(
+                f"token ids must be between 0 and {vocabulary - 1}, got {min(token_ids)}..{max(token_ids)}"
+            )
         return Prompt(token_ids)
 
     def _stream(
@@ -262,10 +265,3 @@ def _resume(llm: LLM, session: Session | None, token_ids: Sequence[int]) -> Sess
     session.crop(shared)
     return session
 
-
-def _drafter(decode: Lookahead | None) -> Any:
-    if decode is None:
-        return None
-    from lazyahead.draft.trie_drafter import TrieDrafter
-
-    return TrieDrafter(decode.branch_length, decode.mode, capacity_bytes=decode.capacity_bytes)

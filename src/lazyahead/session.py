@@ -126,5 +126,3 @@ def shared_prefix(left: Sequence[int], right: Sequence[int]) -> int:
             break
         length += 1
     return length
-
-

@@ -58,9 +58,7 @@ def save_session(session: Session, path: str | Path, model: PreTrainedModel, pre
         part.unlink(missing_ok=True)
 
 
-def load_session(
-    path: str | Path, model: PreTrainedModel, prefill: LazyPrefill | None, empty: Session
-) -> Session:
+def load_session(path: str | Path, model: PreTrainedModel, prefill: LazyPrefill | None, empty: Session) -> Session:
     """Fills `empty` from a file. Raises SessionFileError when it is damaged or of another model or way of reading."""
     try:
         with safe_open(str(path), framework="pt", device=str(model.device)) as file:
@@ -111,7 +109,11 @@ def _owner(model: PreTrainedModel, prefill: LazyPrefill | None) -> dict[str, str
 def _check_owner(path: str | Path, header: dict[str, str], owner: dict[str, str]) -> None:
     if header.get("format") != FORMAT:
         raise SessionFileError(f"{path} is no lazyahead session (format {header.get('format')!r})")
-    words = {"model": "of another model or tokenizer", "dtype": "in another dtype", "prefill": "read by another schedule"}
+    words = {
+        "model": "of another model or tokenizer",
+        "dtype": "in another dtype",
+        "prefill": "read by another schedule",
+    }
     for name, word in words.items():
         if header.get(name) != owner[name]:
             raise SessionFileError(f"{path} is a session {word}; load it with the settings that it was saved with")

@@ -37,6 +37,7 @@ _SHAPES: dict[str, tuple[str, tuple[int | bool | float, ...]]] = {
     "llama-8b": ("llama", (4096, 14_336, 32, 32, 8, 128_256, False, 500_000.0)),
     "qwen3-8b": ("qwen3", (4096, 12_288, 36, 32, 8, 151_936, False, 1_000_000.0)),
 }
+_EXTRA: dict[str, dict[str, int | None]] = {"qwen3": {"head_dim": 128}, "mistral": {"sliding_window": None}}
 SHAPES = tuple(_SHAPES)
 """Names that `build_shape` takes, smallest first."""
 
@@ -53,8 +54,7 @@ def build_shape(
     model_type, values = _SHAPES[name]
     fields: dict[str, Any] = dict(zip(_FIELDS, values, strict=True))
     rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
-    extra = {"head_dim": 128} if model_type == "qwen3" else {}
-    extra |= {"sliding_window": None} if model_type == "mistral" else {}
+    extra = _EXTRA.get(model_type, {})
     config = AutoConfig.for_model(
         model_type, **fields, **extra, rope_parameters=rope, max_position_embeddings=max_context,
         bos_token_id=0, eos_token_id=None, pad_token_id=None,
@@ -65,7 +65,7 @@ def build_shape(
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)  # its tables were on meta too
     fill(model)
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -73,7 +73,7 @@ class Conversation:
         self.turns += [self._said(question), {"role": "assistant", "content": completion.text}]
 
     def _ask(self, question: str) -> Ask:
-        options = {"sampling": self.sampling, "session": self.session}
+        options: dict[str, Any] = {"sampling": self.sampling, "session": self.session}
         if not self.turns:
             return partial(self.llm.stream, self.document, question, **options)
         return partial(self.llm.chat, [*self.turns, self._said(question)], **options)

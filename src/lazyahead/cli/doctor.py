@@ -2,37 +2,64 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import psutil
 from rich.console import Console
 from rich.table import Table
 
 from lazyahead.cli import options
-from lazyahead.cli.output import print_json, record
+from lazyahead.cli.output import envelope, print_json
+from lazyahead.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from lazyahead.hf.probe import Support
 
 
 def doctor(
     model: options.Model = None, dtype: options.Dtype = None, device: options.Device = None, json: options.Json = False
 ) -> None:
     """Says what is supported for a model: full, decode-only or none, and why."""
-    llm = options.Loading(model, dtype, device).load()
-    support = llm.support
-    free = psutil.virtual_memory().available
-    fields = {
+    import torch  # noqa: PLC0415
+
+    from lazyahead.hf.load import load, max_context  # noqa: PLC0415
+    from lazyahead.hf.probe import Support, probe  # noqa: PLC0415
+    from lazyahead.reader import reader_path  # noqa: PLC0415
+
+    where, more = (torch.device("cpu"), torch.get_default_dtype()), dict[str, Any]()
+    with options.waiting("loading"), options.quiet_transformers():
+        try:
+            loaded, tokenizer = load(model or str(reader_path()), dtype or "auto", device or "auto")
+        except UnsupportedModelError as error:
+            support = Support("none", str(error), "unknown", 0)
+        else:
+            support, where = probe(loaded), (loaded.device, loaded.dtype)
+            more = {
+                "num_parameters": sum(parameter.numel() for parameter in loaded.parameters()),
+                "max_context": max_context(loaded),
+                "chat_template": bool(tokenizer.chat_template),
+            }
+    fields = {**_support_fields(support), **more}
+    fields["free_memory_gb"] = round(psutil.virtual_memory().available / 2**30, 1)
+    values = envelope(model or options.BUILT_IN, where, {}, None, 0, fields)
+    if json:
+        print_json(values)
+    else:
+        _show(values["model"], {**fields, **values["machine"]})
+
+
+def _support_fields(support: Support) -> dict[str, Any]:
+    return {
         "level": support.level,
         "reason": support.reason,
         "model_type": support.model_type,
         "num_layers": support.num_layers,
-        "num_parameters": sum(parameter.numel() for parameter in llm.model.parameters()),
-        "max_context": llm.max_context,
-        "chat_template": bool(llm.tokenizer is not None and llm.tokenizer.chat_template),
-        "free_memory_gb": round(free / 2**30, 1),
     }
-    values = record(llm, seed=None, runs=0, results=fields)
-    if json:
-        print_json(values)
-        return
-    table = Table(show_header=False, title=f"{llm.name}: {support.level}", title_justify="left")
-    rows = {**{name: value for name, value in fields.items() if name != "level"}, **values["machine"]}
-    for name, value in rows.items():
-        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+
+
+def _show(name: str, rows: dict[str, Any]) -> None:
+    table = Table(show_header=False, title=f"{name}: {rows['level']}", title_justify="left")
+    for key, value in rows.items():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        table.add_row(key.replace("_", " "), f"{value:,}" if whole else str(value))
     Console(highlight=False).print(table)

@@ -51,6 +51,8 @@ def generate(
 ) -> None:
     """Answers a prompt: the text, or a file with a question about it."""
     document = _document(prompt, file)
+    if not (document.strip() or (question or "").strip()):
+        raise RequestError("the prompt is empty; give PROMPT, --file or --question")
     sampling = options.make_sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
     )
@@ -63,8 +65,9 @@ def generate(
     if compare:
         from lazyahead.cli.compare import compare_and_show  # noqa: PLC0415
 
-        _, results = compare_and_show(llm, document, question, sampling, runs, quiet=json)
-    completion = answer(ask, quiet=json or compare)
+        completion, results = compare_and_show(llm, document, question, sampling, runs, quiet=json)
+    if not compare or kept is not None:
+        completion = answer(ask, quiet=json or compare)
     if not compare:
         note(describe(completion.stats))
     cancelled = completion.finish_reason == "cancelled"
@@ -72,7 +75,9 @@ def generate(
         _keep(llm, kept, completion, session, explain)
     if json:
         values = {**summary(completion), **results}
-        print_json(record(llm, seed=sampling.seed, runs=runs if compare else 1, results=values, **asdict(sampling)))
+        print_json(
+            record(llm, seed=sampling.seed, runs=runs if compare else 1, results=values, sampling=asdict(sampling))
+        )
     if cancelled:
         raise typer.Exit(INTERRUPTED)
 
@@ -141,7 +146,6 @@ def _question(llm: LLM, document: str, question: str | None, session: Session | 
         turns = [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]  # the session has them
         last = {"role": "user", "content": question or document}
         return partial(llm.chat, [*turns, last], sampling=sampling, session=session)
-    llm.encode(document, question)  # an empty prompt is refused before anything is measured
     return partial(llm.stream, document, question, sampling=sampling, session=session)
 
 

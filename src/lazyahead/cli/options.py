@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lazyahead.llm import LLM
     from lazyahead.sampling import Sampling
 
+BUILT_IN = "built-in reader"
+
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder or hub name of a model. Left out: the built-in reader.")
 ]
@@ -61,9 +63,12 @@ class Loading:
             from lazyahead.llm import LLM  # noqa: PLC0415  (torch takes seconds to import: not for --help)
 
             try:
-                return LLM(**given)
+                llm = LLM(**given)
             except UnsupportedModelError as error:
                 raise UnsupportedModelError(f"{error} (here: --prefill off --decode off)") from None
+        if self.model is None:
+            llm.name = BUILT_IN
+        return llm
 
 
 def parse_prefill(text: str) -> LazyPrefill | None:
@@ -99,16 +104,20 @@ def make_sampling(**given: Any) -> Sampling:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No warnings or bars of transformers among ours."""
+    """No warnings or bars of transformers and its hub among ours."""
+    from huggingface_hub.utils import logging as hub_logging  # noqa: PLC0415
     from transformers.utils import logging  # noqa: PLC0415
 
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub_before = hub_logging.get_verbosity()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        hub_logging.set_verbosity(hub_before)
         if bars:
             logging.enable_progress_bar()
 

@@ -20,6 +20,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from lazyahead.errors import RequestError
 
 if TYPE_CHECKING:
+    import torch
+
     from lazyahead.llm import LLM
     from lazyahead.results import Stats
 
@@ -28,19 +30,25 @@ BAR_AFTER_S = 0.5
 
 def record(llm: LLM, *, seed: int | None, runs: int, results: dict[str, Any], **config: Any) -> dict[str, Any]:
     """What `--json` prints: the results, and all that is needed to get them again."""
-    from lazyahead.bench.machine import machine  # noqa: PLC0415
-
     prefill = llm.prefill.to_dict() if llm.prefill else None
     decode = llm.decode.to_dict() if llm.decode else None
-    return {
-        "lazyahead": version("lazyahead"),
-        "machine": machine(llm.model.device, llm.model.dtype),
-        "model": llm.name,
-        "config": {"prefill": prefill, "decode": decode, **config},
-        "seed": seed,
-        "runs": runs,
-        **results,
-    }
+    where = (llm.model.device, llm.model.dtype)
+    return envelope(llm.name, where, {"prefill": prefill, "decode": decode, **config}, seed, runs, results)
+
+
+def envelope(
+    model: str,
+    where: tuple[torch.device, torch.dtype],
+    config: dict[str, Any],
+    seed: int | None,
+    runs: int,
+    results: dict[str, Any],
+) -> dict[str, Any]:
+    """The fields that every command's JSON has, then its own."""
+    from lazyahead.bench.machine import machine  # noqa: PLC0415
+
+    common = {"lazyahead": version("lazyahead"), "machine": machine(*where), "model": model, "config": config}
+    return {**common, "seed": seed, "runs": runs, **results}
 
 
 def print_json(values: dict[str, Any]) -> None:

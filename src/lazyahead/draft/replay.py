@@ -38,7 +38,7 @@ class Replay:
 
     @property
     def draft_us_per_token(self) -> float:
-        """Microseconds of proposing, learning and indexing for each token generated."""
+        """Microseconds of proposing, choosing, verifying, learning and indexing for each token generated."""
         return 1e6 * self.draft_s / max(self.num_tokens, 1)
 
     @property

@@ -51,7 +51,9 @@ class Anatomy:
         experts = next((n for name in _EXPERTS if (n := getattr(config, name, None))), 0)
         active = getattr(config, "num_experts_per_tok", None) or 0
         if experts and active:
-            routed = sum(p.numel() for layer in self.layers for name, p in layer.named_parameters() if "experts" in name)
+            routed = sum(
+                p.numel() for layer in self.layers for name, p in layer.named_parameters() if "experts" in name
+            )
             total -= round(routed * (1 - active / experts))
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return LayerShape(total // self.num_layers, config.num_attention_heads * head_dim)

@@ -72,7 +72,6 @@ class _Pass:
         self.gathered: dict[int, tuple[int, Tensor]] = {}  # table -> (changed, rows of it)
         self.layer = -1
 
-
     @property
     def is_empty(self) -> bool:
         """Every row was deferred. One row then flies on unheeded until each kind of layer has shown its tables."""

@@ -51,7 +51,9 @@ def _examine(model: PreTrainedModel) -> tuple[Support, Anatomy | None]:
     kind = str(config.model_type)
     num_layers = int(getattr(config.get_text_config(), "num_hidden_layers", 0) or 0)
     if getattr(config, "is_encoder_decoder", False):
-        return Support("none", "encoder-decoder models are not supported, decoder-only ones are", kind, num_layers), None
+        return Support(
+            "none", "encoder-decoder models are not supported, decoder-only ones are", kind, num_layers
+        ), None
     if not model.can_generate():
         return Support("none", f"{type(model).__name__} has no language-model head to generate with", kind, 0), None
     anatomy = dissect(model)

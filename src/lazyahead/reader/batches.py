@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lazyahead.reader.pages import Page
 from lazyahead.reader.prompt import READ_FIRST
-from lazyahead.reader.tasks import CATEGORIES, CHARS_PER_TOKEN, build_page
+from lazyahead.reader.tasks import CHARS_PER_TOKEN, build_page
 from lazyahead.reader.world import World
 
 MAX_POSITION = 16384
@@ -54,15 +54,15 @@ class Batch:
 def make_batch(stage: Stage, step: int, tokenizer: PreTrainedTokenizerBase) -> Batch:
     """The batch of one global step."""
     rng = random.Random(f"train {step}")
-    rows = []
+    texts, positions = [], []
     for _ in range(stage.batch):
         if rng.random() < stage.repeats:
-            ids, weights = _repeated_spans(rng, stage.length + 1, len(tokenizer))
+            texts.append(_repeated_spans(rng, stage.length + 1, len(tokenizer)))
         else:
-            ids, weights = _packed_pages(rng, stage, tokenizer)
-        rows.append((ids, weights, _positions(rng, stage.length + 1)))
-    ids, weights, positions = zip(*rows, strict=True)
-    return Batch(torch.tensor(ids), torch.tensor(weights), torch.tensor(positions))
+            texts.append(_packed_pages(rng, stage, tokenizer))
+        positions.append(_positions(rng, stage.length + 1))
+    token_ids, weights = zip(*texts, strict=True)
+    return Batch(torch.tensor(token_ids), torch.tensor(weights), torch.tensor(positions))
 
 
 def _repeated_spans(rng: random.Random, length: int, vocab_size: int) -> tuple[list[int], list[float]]:
@@ -98,7 +98,8 @@ def _packed_pages(
         page_ids, page_weights = _encode(rng, page, room, tokenizer)
         ids += page_ids
         weights += page_weights
-    return _padded(ids, 2, length), _padded(weights, 0.0, length)
+    padding = max(0, length - len(ids))
+    return (ids + [tokenizer.pad_token_id] * padding)[:length], (weights + [0.0] * padding)[:length]
 
 
 def _encode(
@@ -117,10 +118,6 @@ def _encode(
         ids += asked + answered + after
         weights += [0.0] * len(asked) + [ANSWER_WEIGHT] * len(answered) + [0.0] * len(after)
     return ids, weights
-
-
-def _padded(values: list, fill: float, length: int) -> list:  # type: ignore[type-arg]
-    return (values + [fill] * (length - len(values)))[:length]
 
 
 def _positions(rng: random.Random, length: int) -> list[int]:

@@ -76,7 +76,8 @@ class Frames:
 def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """`rows` orthonormal rows of length `columns` (or orthonormal columns where rows > columns)."""
     side = max(rows, columns)
-    return torch.linalg.qr(torch.randn(side, side, generator=generator))[0][:rows, :columns]
+    square: Tensor = torch.linalg.qr(torch.randn(side, side, generator=generator))[0]
+    return square[:rows, :columns]
 
 
 def build_model(size: Size, vocab_size: int, seed: int = 0) -> SmolLM3ForCausalLM:
@@ -86,7 +87,8 @@ def build_model(size: Size, vocab_size: int, seed: int = 0) -> SmolLM3ForCausalL
     generator = torch.Generator().manual_seed(seed)
     basis = _orthonormal(size.width, size.width, generator)
     num_token = size.width - 3 * CODE
-    token, previous, before, window = basis.split([num_token, CODE, CODE, CODE])
+    token = basis[:num_token]
+    previous, before, window = basis[num_token:].view(3, CODE, -1)
     code = _orthonormal(num_token, num_token, generator)[:CODE] @ token
     frames = Frames(token, code, previous, before, window)
     with torch.no_grad():
@@ -117,12 +119,12 @@ def _fit_kernel(kernel: tuple[int, ...], inv_freq: Tensor) -> Tensor:
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = 1e-4 * query.square().sum() - (target * torch.log_softmax(seen @ query, 0)).sum()
+        value: Tensor = 1e-4 * query.square().sum() - (target * torch.log_softmax(seen @ query, 0)).sum()
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
     with torch.enable_grad():
-        optimizer.step(loss)  # type: ignore[arg-type]
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
     return query.detach().float()
 
 
@@ -144,14 +146,16 @@ def _place_gather(model: SmolLM3ForCausalLM, size: Size, frames: Frames) -> None
         attention.o_proj.weight[:, head * dim : head * dim + CODE] = target.T * unit * scale
 
 
-def _place_match(attention: SmolLM3Attention, size: Size, frames: Frames, generator: torch.Generator, order: int) -> None:
+def _place_match(
+    attention: SmolLM3Attention, size: Size, frames: Frames, generator: torch.Generator, order: int
+) -> None:
     dim, sharpness, copy = size.head_dim, (1.6, 1.7, 2.0)[order], (0.06, 0.06, 0.12)[order]
     spread = [_orthonormal(dim, dim, generator)[:, :CODE] for _ in range(3)]  # (head_dim, CODE) each
     last = (frames.code, frames.previous, frames.window)  # what a query knows: token, previous, window
     ahead = (frames.previous, frames.before, frames.window)  # the same three, seen from the place after
 
     def mix(parts: tuple[Tensor, Tensor, Tensor], weights: tuple[float, float, float]) -> Tensor:
-        return sharpness * sum(w * s @ p for w, s, p in zip(weights, spread, parts, strict=True))
+        return sharpness * torch.stack([w * s @ p for w, s, p in zip(weights, spread, parts, strict=True)]).sum(0)
 
     queries = [(1.4, 1.0, 0.0), (1.4, 0.7, 0.7), (0.7, 0.3, 1.0), (0.4, 0.0, 1.2)]
     keys = [(1.0, 1.0, 0.7), (0.7, 0.5, 1.0)]

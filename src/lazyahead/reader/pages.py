@@ -5,11 +5,12 @@ Training packs all questions of a page behind its document; evaluation asks one.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from lazyahead.reader.world import NOUNS, PERSON_ATTRIBUTES, PLACE_ATTRIBUTES, Fact, World
 
 ORDINALS = ("First", "Second", "Third", "Last")
-ARGUMENTS = "x y z rate count value index total width height depth offset".split()
+ARGUMENTS = "x y z rate count value index total width height depth offset".split()  # noqa: SIM905
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def _passages(world: World, sentences: list[str], chars: int) -> str:
     mixed = _spread(world, sentences, chars)
     count = max(2, min(len(mixed), chars // 900, 40))
     cuts = [0, *sorted(world.rng.sample(range(1, len(mixed)), min(count - 1, len(mixed) - 1))), len(mixed)]
-    parts = [" ".join(mixed[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [" ".join(mixed[a:b]) for a, b in pairwise(cuts)]
     return "\n".join(f"Passage {i}: {part}" for i, part in enumerate(parts, 1))
 
 
@@ -119,17 +120,19 @@ def synthetic(world: World, chars: int) -> Page:
 
 def code(world: World, chars: int) -> Page:
     """A file of functions, each called once; the line to complete is that call."""
-    blocks, exchanges, room = [], [], chars
-    while room > 0 or len(blocks) < 2:
+    parts: list[str] = []
+    exchanges: list[tuple[str, str]] = []
+    room = chars
+    while room > 0 or len(exchanges) < 2:
         name = f"{world.name()}_{world.name()}".lower()
         parameters = ", ".join(world.rng.sample(ARGUMENTS, world.rng.randint(1, 3)))
         arguments = ", ".join(world.rng.sample(ARGUMENTS, world.rng.randint(1, 3)))
         call = f"result = {name}({arguments}) * {world.number(2, 99)}"
         signature = f"def {name}({parameters}):\n    # {world.filler()}\n    return {parameters.replace(', ', ' + ')}\n"
-        blocks.append([signature, f"    {call}\n    # {world.filler()}\n"])
-        room -= sum(len(part) + 1 for part in blocks[-1])
+        use = f"    {call}\n    # {world.filler()}\n"
+        parts += [signature, use]
+        room -= len(signature) + len(use) + 2
         exchanges.append((f"Complete the line that calls {name}.", call))
-    parts = [part for block in blocks for part in block]
     world.rng.shuffle(parts)
     return Page("\n".join(parts).rstrip(), _shuffled(world, exchanges))
 

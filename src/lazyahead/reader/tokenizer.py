@@ -1,4 +1,4 @@
-"""The reader's tokenizer: byte-level BPE, digits one by one, so any text encodes and numbers are copied digit by digit."""
+"""The reader's tokenizer: byte-level BPE with single digits, so any text encodes and numbers are copied by digits."""
 
 import random
 from collections.abc import Iterator

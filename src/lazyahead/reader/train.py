@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,19 @@ from lazyahead.reader.tokenizer import build_tokenizer
 PLANS: dict[str, tuple[Stage, ...]] = {
     "small": (
         Stage(length=256, batch=16, steps=60, lr_start=0.0, lr_end=6e-4, repeats=0.3, dense=0.6),
-        Stage(length=256, batch=16, steps=400, lr_start=6e-4, lr_end=6e-4, repeats=0.2, dense=0.6),
-        Stage(length=512, batch=8, steps=1200, lr_start=6e-4, lr_end=6e-4, repeats=0.1, dense=0.3),
-        Stage(length=1024, batch=4, steps=1500, lr_start=6e-4, lr_end=5e-4, repeats=0.05, dense=0.15),
-        Stage(length=2048, batch=3, steps=800, lr_start=5e-4, lr_end=4e-4, repeats=0.05, dense=0.05),
-        Stage(length=4096, batch=2, steps=400, lr_start=4e-4, lr_end=2e-4),
-        Stage(length=8192, batch=1, steps=200, lr_start=2e-4, lr_end=2e-5),
+        Stage(length=256, batch=16, steps=340, lr_start=6e-4, lr_end=6e-4, repeats=0.2, dense=0.6),
+        Stage(length=512, batch=8, steps=500, lr_start=6e-4, lr_end=6e-4, repeats=0.05, dense=0.3),
+        Stage(length=1024, batch=4, steps=500, lr_start=6e-4, lr_end=6e-4, repeats=0.05, dense=0.15),
+        Stage(length=2048, batch=2, steps=350, lr_start=6e-4, lr_end=4e-4, repeats=0.02, dense=0.05),
+        Stage(length=4096, batch=1, steps=250, lr_start=4e-4, lr_end=1.5e-4),
+        Stage(length=8192, batch=1, steps=60, lr_start=1.5e-4, lr_end=2e-5),
     ),
     "large": (
         Stage(length=256, batch=256, steps=60, lr_start=0.0, lr_end=1.5e-3, repeats=0.3, dense=0.6),
         Stage(length=256, batch=256, steps=1000, lr_start=1.5e-3, lr_end=1.5e-3, repeats=0.2, dense=0.6),
         Stage(length=1024, batch=64, steps=2000, lr_start=1.5e-3, lr_end=1e-3, repeats=0.1, dense=0.2),
         Stage(length=4096, batch=16, steps=1500, lr_start=1e-3, lr_end=5e-4, repeats=0.05),
-        Stage(length=16384, batch=4, steps=1000, lr_start=5e-4, lr_end=2e-5),
+        Stage(length=16384, batch=4, steps=500, lr_start=5e-4, lr_end=2e-5),
     ),
 }
 
@@ -52,7 +53,7 @@ class Run:
     device: str = "cpu"
     compile: bool = False
     seed: int = 0
-    save_every: int = 200
+    save_every: int = 100
     log_every: int = 20
 
     @property
@@ -116,6 +117,7 @@ def train(run: Run, until: int | None = None) -> Progress:
     model = build_model(run.size, len(tokenizer), run.seed).to(run.device)
     optimizer = make_optimizer(model)
     progress = load_checkpoint(checkpoint, model, optimizer)
+    _forget_after(run.folder / "curve.jsonl", progress.step)
     if run.compile:
         for layer in model.model.layers:
             layer.compile(dynamic=False)
@@ -171,6 +173,13 @@ def write_weights(model: SmolLM3ForCausalLM, folder: Path) -> None:
     copy.save_pretrained(folder)
 
 
+def _forget_after(curve: Path, step: int) -> None:
+    """Drops what an interrupted run logged after its last checkpoint."""
+    if curve.exists():
+        lines = curve.read_text().splitlines(keepends=True)
+        curve.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
 def _log(path: Path, record: dict[str, Any]) -> None:
     rounded = {key: round(value, 6) if isinstance(value, float) else value for key, value in record.items()}
     with path.open("a") as file:
@@ -192,7 +201,7 @@ def draw_curve(folder: Path) -> Path:
     above.set(ylabel="answer loss", yscale="log")
     below.plot(tokens, [record["answer_accuracy"] for record in records], linewidth=0.8)
     below.set(ylabel="answer tokens right", xlabel="million tokens")
-    for a, b in zip(records, records[1:], strict=False):
+    for a, b in pairwise(records):
         if a["length"] != b["length"]:
             below.annotate(f"{b['length']}", (b["tokens"] / 1e6, 0.1))
             for axis in (above, below):

@@ -4,6 +4,8 @@ Everything is drawn from a `World`, which owns one random generator and one spli
 hash, so a name used for evaluation was never seen in training. No model and no torch here.
 """
 
+# ruff: noqa: SIM905 (lists of words read best as words)
+
 import random
 import zlib
 from collections.abc import Callable

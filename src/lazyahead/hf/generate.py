@@ -1,0 +1,266 @@
+"""transformers' own entry: `with accelerate(model): model.generate(...)`, or `custom_generate=` for a single call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from lazyahead.config import LazyPrefill, Lookahead
+from lazyahead.draft.build import drafter_for
+from lazyahead.engine import Engine, Request
+from lazyahead.errors import RequestError, UnsupportedModelError
+from lazyahead.hf.forward import Runner
+from lazyahead.hf.plain import PlainRunner
+from lazyahead.hf.probe import examine
+from lazyahead.results import Stats
+from lazyahead.sampling import Picker
+
+
+class Accelerated:
+    """What `accelerate` hands out. `stats` has one entry per sequence of the latest call."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.stats: list[Stats] = []
+
+
+@contextmanager
+def accelerate(
+    model: PreTrainedModel,
+    prefill: LazyPrefill | None = LazyPrefill(),  # noqa: B008 (frozen)
+    decode: Lookahead | None = None,
+) -> Iterator[Accelerated]:
+    """Inside, `model.generate` reads lazily and writes ahead; every other line stays as it was.
+
+    Generation config, logits processors, stopping criteria, streamers and left-padded batches are honoured; what
+    cannot be raises RequestError naming it. Raises UnsupportedModelError on entry when the model cannot do what is
+    asked. After the block, also after an exception, the model is as before.
+    """
+    accelerated = Accelerated(_engine(model, prefill, decode))
+    before = model.__dict__.get("generate")
+    plain = model.generate
+
+    def generate(*args: Any, streamer: Any = None, **kwargs: Any) -> Any:
+        for name in ("custom_generate", "assistant_model", "past_key_values", "inputs_embeds"):
+            if kwargs.get(name) is not None:
+                raise RequestError(f"{name} cannot be used inside accelerate(); call model.generate outside it")
+        method = _Method(accelerated, streamer)
+        return plain(*args, custom_generate=method, **kwargs)
+
+    model.generate = generate
+    try:
+        yield accelerated
+    finally:
+        if before is None:
+            del model.generate
+        else:
+            model.generate = before
+
+
+def custom_generate(
+    prefill: LazyPrefill | None = LazyPrefill(),  # noqa: B008 (frozen)
+    decode: Lookahead | None = None,
+    streamer: Any = None,
+) -> Callable[..., Any]:
+    """For `model.generate(..., custom_generate=custom_generate())`. Give the streamer here: transformers keeps it."""
+
+    def method(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Any:
+        return _Method(Accelerated(_engine(model, prefill, decode)), streamer)(model, input_ids, **kwargs)
+
+    return method
+
+
+def _engine(model: PreTrainedModel, prefill: LazyPrefill | None, decode: Lookahead | None) -> Engine:
+    support, anatomy = examine(model)
+    if support.level == "none" or (anatomy is None and (prefill is not None or decode is not None)):
+        remedy = "" if support.level == "none" else "; pass prefill=None and decode=None to run it plainly"
+        raise UnsupportedModelError(f"{type(model).__name__} ({support.model_type}): {support.reason}{remedy}")
+    runner = PlainRunner(model) if anatomy is None else Runner(model, anatomy)
+    return Engine(runner, prefill, decode, drafter=drafter_for(decode))
+
+
+class _Method:
+    """A decoding method as transformers calls it, with everything prepared."""
+
+    def __init__(self, accelerated: Accelerated, streamer: Any) -> None:
+        self.accelerated, self.streamer = accelerated, streamer
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Any:
+        _refuse(generation_config, logits_processor, model_kwargs)
+        if self.streamer is not None and input_ids.shape[0] > 1:
+            raise RequestError(f"a streamer takes one sequence, got a batch of {input_ids.shape[0]}")
+        starts = _starts(input_ids, model_kwargs)
+        rows = [
+            self._row((row, len(input_ids)), ids, start, logits_processor, stopping_criteria, generation_config)
+            for row, (ids, start) in enumerate(zip(input_ids, starts, strict=True))
+        ]
+        if self.streamer is not None:
+            self.streamer.put(input_ids.cpu())
+        engine = self.accelerated.engine
+        with engine:
+            try:
+                for request in rows:
+                    engine.submit(request)
+                while any(request.finish_reason is None for request in rows):
+                    engine.step()
+            finally:
+                for request in rows:
+                    engine.cancel(request)
+        if self.streamer is not None:
+            self.streamer.end()
+        self.accelerated.stats = [request.stats() for request in rows]
+        return _output(input_ids, rows, generation_config)
+
+    def _row(
+        self,
+        place: tuple[int, int],
+        ids: Tensor,
+        start: int,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+    ) -> Request:
+        engine = self.accelerated.engine
+        seed = int(torch.randint(1 << 62, ())) if config.do_sample else None  # from torch's seed, as transformers'
+        processors = _of_row(logits_processor, *place)
+        prompt = ids[start:].tolist()
+        max_new_tokens = (config.max_length or 0) - ids.numel()
+        if max_new_tokens < 1:
+            raise RequestError(f"max_length {config.max_length} leaves no room behind a prompt of {ids.numel()} tokens")
+
+        def accept(token: int, request: Request) -> str | None:
+            scores = None if request.scores is None else tuple(score[None] for score in request.scores)
+            done = stopping_criteria(request.prefix(()).to(ids.device), scores)
+            return "stop" if bool(done.all()) else None
+
+        def emit(tokens: Sequence[int], reason: str | None) -> None:
+            if self.streamer is not None:
+                for token in tokens:
+                    self.streamer.put(torch.tensor([token]))
+
+        request = Request(
+            prompt,
+            Picker(processors if len(processors) else None, bool(config.do_sample), seed),
+            accept=accept,
+            emit=emit,
+            session=engine.new_session(),
+            max_new_tokens=max_new_tokens,
+            prefix=ids.tolist(),
+            min_tokens=engine.prefill.min_tokens if engine.prefill is not None else None,
+        )
+        if config.return_dict_in_generate:
+            request.scores = [] if config.output_scores else None
+            request.logits = [] if config.output_logits else None
+        return request
+
+
+def _refuse(config: GenerationConfig, processors: LogitsProcessorList, model_kwargs: dict[str, Any]) -> None:
+    """What would change the outcome and cannot be honoured."""
+    asked = {
+        "num_beams": (config.num_beams or 1) > 1,
+        "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
+        "penalty_alpha": bool(getattr(config, "penalty_alpha", None)),
+        "dola_layers": getattr(config, "dola_layers", None) is not None,
+        "output_attentions": bool(config.return_dict_in_generate and config.output_attentions),
+        "output_hidden_states": bool(config.return_dict_in_generate and config.output_hidden_states),
+        "guidance_scale": any(isinstance(p, UnbatchedClassifierFreeGuidanceLogitsProcessor) for p in processors),
+        "cache_implementation": config.cache_implementation not in (None, "dynamic", "dynamic_full"),
+        "inputs_embeds": model_kwargs.get("inputs_embeds") is not None,
+        "encoder_outputs": model_kwargs.get("encoder_outputs") is not None,
+    }
+    named = [name for name, is_asked in asked.items() if is_asked]
+    if named:
+        raise RequestError(f"{', '.join(named)} cannot be combined with lazyahead; leave it out, or call plain generate")
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise RequestError("past_key_values that already hold tokens cannot be continued; use a lazyahead Session")
+
+
+def _starts(input_ids: Tensor, model_kwargs: dict[str, Any]) -> list[int]:
+    """Where each row's text begins behind its left padding."""
+    num_rows, length = input_ids.shape
+    mask = model_kwargs.get("attention_mask")
+    if mask is None:
+        starts = [0] * num_rows
+    else:
+        starts = [length - int(row.sum()) for row in mask]
+        for row, start in zip(mask, starts, strict=True):
+            if not bool(row[start:].all()):
+                raise RequestError("attention_mask has zeros behind the first one; pad on the left and mask nothing else")
+    if max(starts, default=0) >= length:
+        raise RequestError("a prompt of the batch is empty; give each at least one token")
+    positions = model_kwargs.get("position_ids")
+    if positions is not None:
+        for row, start in zip(positions.expand(num_rows, -1), starts, strict=True):
+            if row[start:].tolist() != list(range(length - start)):
+                raise RequestError("position_ids that do not count up from 0 cannot be honoured; leave them out")
+    return starts
+
+
+def _of_row(processors: LogitsProcessorList, row: int, num_rows: int) -> LogitsProcessorList:
+    """The processors for one row of the batch, which they see as a batch of one: what they hold per row is cut out."""
+    mine = LogitsProcessorList()
+    for processor in processors:
+        if isinstance(processor, PrefixConstrainedLogitsProcessor):
+            allowed = processor._prefix_allowed_tokens_fn
+            mine.append(PrefixConstrainedLogitsProcessor(lambda _, ids, allowed=allowed: allowed(row, ids), 1))
+            continue
+        own = copy.deepcopy(processor)
+        for name in _PER_ROW & vars(own).keys():
+            held = getattr(own, name)
+            if isinstance(held, Tensor | list) and len(held) == num_rows:
+                setattr(own, name, held[row : row + 1])
+        if hasattr(own, "batch_size"):
+            own.batch_size = 1
+        mine.append(own)
+    return mine
+
+
+_PER_ROW = {"prompt_ignore_length", "encoder_input_ids", "generated_ngrams"}
+"""What transformers' own processors hold one of per row."""
+
+
+def _output(input_ids: Tensor, rows: Sequence[Request], config: GenerationConfig) -> Any:
+    """Rows padded to one length, as `generate` returns them."""
+    longest = max(len(request.answer) for request in rows)
+    pad = config._pad_token_tensor
+    pad_id = int(pad) if pad is not None else 0
+    answers = [request.answer + [pad_id] * (longest - len(request.answer)) for request in rows]
+    sequences = torch.cat([input_ids, torch.tensor(answers, device=input_ids.device)], dim=1)
+    if not config.return_dict_in_generate:
+        return sequences
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences,
+        scores=_stacked([request.scores for request in rows], longest),
+        logits=_stacked([request.logits for request in rows], longest),
+    )
+
+
+def _stacked(rows: Sequence[list[Tensor] | None], longest: int) -> tuple[Tensor, ...] | None:
+    """Per step (B, V); a row that has ended repeats its last."""
+    known = [row for row in rows if row is not None]
+    if len(known) < len(rows):
+        return None
+    return tuple(torch.stack([row[min(step, len(row) - 1)] for row in known]) for step in range(longest))
