@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import byte_level, save_model
 
+from lazyahead.bench import baseline
 from lazyahead.cli import run
 
 COMMON = {"lazyahead", "machine", "model", "config", "seed", "runs"}
@@ -138,8 +139,6 @@ def test_verify_finds_no_divergence_in_float32(model, last_json):
 
 
 def test_verify_tells_where_answers_part(model, monkeypatch, capsys, tmp_path):
-    from lazyahead.bench import baseline
-
     real = baseline.run_baseline
     wrong = lambda *args: real(*args)._replace(token_ids=(*real(*args).token_ids[:2], -1))  # noqa: E731
     monkeypatch.setattr(baseline, "run_baseline", wrong)
@@ -147,7 +146,8 @@ def test_verify_tells_where_answers_part(model, monkeypatch, capsys, tmp_path):
     prompts.write_text("one two\n\nthree\n")
     assert run(["verify", "-m", model, "--prompts", str(prompts), "--max-new-tokens", "4", "--json"]) == 1
     values = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert values["first_divergence"] == {"prompt": 0, "token": 2}
+    assert values["first_divergence"] == {"check": "keep_all", "prompt": 0, "token": 2}
+    assert values["checks"] == {"keep_all": 2, "drafting": 0}
     assert (values["prompts"], values["diverged"]) == (2, 2)
 
 

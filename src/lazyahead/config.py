@@ -9,6 +9,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lazyahead.draft.budget import MAX_DEPTH
+from lazyahead.draft.trie import MIN_CAPACITY_BYTES
 from lazyahead.errors import ConfigError
 from lazyahead.prefill.schedule import Schedule
 from lazyahead.prefill.score import SCORERS, LastToken, Random, Scorer, Window
@@ -141,15 +143,21 @@ class Lookahead:
     namespace: str = "default"
     """Whose answers these are. A namespace never sees another's."""
     capacity_bytes: int = 64 << 20
-    """Most memory that remembered answers may take."""
+    """Most memory that the remembered answers of a namespace may take, 36 bytes a token. The oldest leave first."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("hierarchical", "parallel", "single"):
             raise ConfigError(f"mode must be hierarchical, parallel or single, got {self.mode!r}")
-        for name in ("decoding_length", "branch_length", "capacity_bytes"):
-            _check_count(name, getattr(self, name), least=1)
-        if not self.namespace:
-            raise ConfigError("namespace must not be empty; leave it out for 'default'")
+        for name, least in (("decoding_length", 1), ("branch_length", 1), ("capacity_bytes", 0)):
+            _check_count(name, getattr(self, name), least)
+        if self.branch_length > MAX_DEPTH:
+            raise ConfigError(f"branch_length must be at most {MAX_DEPTH}, got {self.branch_length}")
+        if self.capacity_bytes < MIN_CAPACITY_BYTES and (self.capacity_bytes or self.memory):
+            raise ConfigError(f"capacity_bytes must be at least {MIN_CAPACITY_BYTES}, got {self.capacity_bytes}")
+        if self.memory is not None and not (isinstance(self.memory, str) and self.memory):
+            raise ConfigError(f"memory is the name of a file, got {self.memory!r}; leave it out to remember nothing")
+        if not (isinstance(self.namespace, str) and self.namespace):
+            raise ConfigError(f"namespace must be some text, got {self.namespace!r}; leave it out for 'default'")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as benchmarks record them."""

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from lazyahead.config import LazyPrefill, Lookahead
-from lazyahead.draft.drafter import Drafter, DraftRequest, NoDrafter
+from lazyahead.draft.budget import RowCost, choose
+from lazyahead.draft.drafter import Drafter, NoDrafter
 from lazyahead.draft.tree import Draft
 from lazyahead.draft.verify import walk
-from lazyahead.prefill.boundary import Flight, Reading, part_len
+from lazyahead.prefill.boundary import Flight, part_len
 from lazyahead.prefill.schedule import boundaries
-from lazyahead.results import Stats
-from lazyahead.sampling import Picker
+from lazyahead.request import Request
 from lazyahead.session import Session
 
 
@@ -45,99 +45,12 @@ class Runner(Protocol):
         """Requests must not share passes and prompts must not be split."""
 
 
-class Request:
-    """One prompt on its way to an answer."""
-
-    def __init__(
-        self,
-        prompt: Sequence[int],
-        picker: Picker,
-        *,
-        accept: Callable[[int, Request], str | None] = lambda token, request: None,
-        emit: Callable[[Sequence[int], str | None], None] = lambda tokens, reason: None,
-        session: Session,
-        max_new_tokens: int,
-        question: tuple[int, int] | None = None,
-        prefix: Sequence[int] | None = None,
-        min_tokens: int | None = None,
-    ) -> None:
-        """`prompt` is the whole text, whose first `len(session)` tokens the session has read. `accept` sees each
-        token of the answer and may answer with a finish reason; `emit` hears of each step after it is committed.
-        `prefix` is what processors see in place of `prompt` (left padding included)."""
-        self.prompt, self.picker, self.accept, self.emit = list(prompt), picker, accept, emit
-        self.session, self.max_new_tokens = session, max_new_tokens
-        self.answer: list[int] = []
-        self.finish_reason: str | None = None
-        self.num_reused, self.num_steps = len(session), 0
-        self.submitted = time.perf_counter()
-        self.first_token: float | None = None
-        self.last_token = self.submitted
-        self.scores: list[Tensor] | None = None
-        """Processed logits (V,) of each answer token; None: not asked for."""
-        self.logits: list[Tensor] | None = None
-        """Bare logits, likewise."""
-        self.draft = Draft.EMPTY
-        self.drafts: DraftRequest | None = None
-        self._num_revived_before = session.num_revived
-        num_new = len(self.prompt) - len(session)
-        self.reading = Reading(len(session), len(self.prompt), num_new >= (min_tokens or 0), question)
-        self._prefix = _Prefix(self.prompt if prefix is None else prefix)
-
-    @property
-    def is_reading(self) -> bool:
-        return not self.reading.is_done
-
-    @property
-    def progress(self) -> float:
-        """Fraction of the prompt's tokens that have entered; for a progress bar."""
-        return self.reading.num_entered / max(1, self.reading.end - self.reading.start)
-
-    def prefix(self, more: Sequence[int]) -> Tensor:
-        """The text so far and `more`, (1, N), as processors see it."""
-        return self._prefix.with_(self.answer, more)
-
-    def stats(self) -> Stats:
-        """Measurements up to now."""
-        first = self.last_token if self.first_token is None else self.first_token
-        session = self.session
-        return Stats(
-            prompt_tokens=len(self.prompt),
-            reused_tokens=self.num_reused,
-            answer_tokens=len(self.answer),
-            ttft_s=first - self.submitted,
-            decode_s=self.last_token - first,
-            prompt_tokens_computed=session.prompt_tokens_computed,
-            num_steps=self.num_steps,
-            revived=session.num_revived - self._num_revived_before,
-            kept_by_layer=session.kept_by_layer,
-        )
-
-
-class _Prefix:
-    """Token ids as a tensor that grows with the answer, without copying the prompt each time."""
-
-    def __init__(self, token_ids: Sequence[int]) -> None:
-        self._base, self._ids = len(token_ids), torch.tensor([*token_ids, *[0] * 64])
-        self._len = self._base
-
-    def with_(self, answer: Sequence[int], more: Sequence[int]) -> Tensor:
-        need = self._base + len(answer) + len(more)
-        if need > self._ids.numel():
-            self._ids = torch.cat([self._ids, torch.zeros_like(self._ids)])
-        known = self._len - self._base
-        if known < len(answer):
-            self._ids[self._len : self._base + len(answer)] = torch.tensor(answer[known:])
-            self._len = self._base + len(answer)
-        if more:
-            self._ids[self._len : need] = torch.tensor(more)
-        return self._ids[None, :need]
-
-
 class Engine:
     """Runs requests on one model, many at once. `submit`, then `step` until `is_idle`, inside `with engine:`.
 
     Beside running answers a prompt is read in parts of `max_stall_rows` rows, which bounds how long a pass can stall
-    them; alone it is read in one pass.
+    them; alone it is read in one pass. `row_cost` tells what rows cost here, and so how many drafts pay; without it
+    every draft is verified.
     """
 
     def __init__(
@@ -147,12 +60,15 @@ class Engine:
         decode: Lookahead | None,
         *,
         drafter: Drafter | None = None,
+        row_cost: Callable[[], RowCost] | None = None,
         max_stall_rows: int = 512,
         max_running: int = 64,
     ) -> None:
         self.runner, self.prefill, self.decode = runner, prefill, decode
         self.drafter = drafter or NoDrafter()
         self.max_stall_rows, self.max_running = max_stall_rows, max_running
+        self._measure_rows = row_cost
+        self._row_cost: RowCost | None = None
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._attached: list[AbstractContextManager[Any]] = []
@@ -207,19 +123,10 @@ class Engine:
     def _draft(self) -> list[tuple[Request, Flight]]:
         """The rows of each request: a root and its drafts, or the next part of a prompt."""
         writing = [request for request in self._running if not request.is_reading]
-        flights = [(request, self._write(request)) for request in writing]
         limit = self.max_stall_rows if writing and not self.runner.travels_alone else None
-        for request in self._running:
-            if not request.is_reading:
-                continue
-            flight = self._read(request, limit)
-            flights.append((request, flight))
-            if limit is None:
-                break  # one whole prompt a pass, first come first served
-            limit -= len(flight.token_ids)
-            if request.reading.stage is not None or limit <= 0:
-                break
-        return flights
+        reading = self._read_all(limit)
+        self._propose(writing, sum(len(flight.token_ids) for _, flight in reading))
+        return [(request, self._write(request)) for request in writing] + reading
 
     def _forward(self, flights: Sequence[tuple[Request, Flight]]) -> list[Tensor | None]:
         """Logits (R, V) of each flight's rows that speak; None where none do."""
@@ -255,38 +162,56 @@ class Engine:
         """Accepted rows stay in place, the rest is dropped; an answer ends at the very token that ends it."""
         for request, flight, tokens, nodes in runs:
             told, reason = self._accept(request, tokens)
-            nodes = nodes[: max(0, len(told) - 1)]
-            request.session.commit(flight.entered_tokens(nodes), flight.num_drafts, nodes)
+            kept = nodes[: max(0, len(told) - 1)]
+            request.session.commit(flight.entered_tokens(kept), flight.num_drafts, kept)
             if told:
                 self._tell(request, flight, tokens, told, reason)
 
     # --- their parts ---------------------------------------------------------------------------------------------
 
+    def _propose(self, writing: Sequence[Request], num_reading: int) -> None:
+        """Each request's draft, cut to the nodes that raise expected tokens per second in the common pass."""
+        if self.decode is None:
+            return
+        for request in writing:
+            room = request.max_new_tokens - len(request.answer) - 1
+            is_open = request.drafts is not None and room > 0
+            request.proposed = request.drafts.propose(self.decode.decoding_length) if is_open else Draft.EMPTY
+            request.draft = request.proposed
+        judged = [request for request in writing if request.proposed.probs]
+        if judged and self._measure_rows is not None:
+            self._row_cost = self._row_cost or self._measure_rows()
+            others = len(writing) - len(judged) + num_reading + sum(request.num_reviving for request in writing)
+            counts = choose([request.proposed.probs for request in judged], self._row_cost, others)
+            for request, count in zip(judged, counts, strict=True):
+                request.draft = request.proposed.best(count)
+
     def _write(self, request: Request) -> Flight:
-        session = request.session
-        request.draft = self._propose(request)
         draft = request.draft
         ancestors = torch.from_numpy(draft.ancestors).to(self.runner.device) if len(draft) else None
+        tokens = [*request.session.pending, *draft.token_ids]
         return Flight(
-            session,
-            self.prefill,
-            [*session.pending, *draft.token_ids],
-            self.runner.device,
-            depths=draft.depths,
-            ancestors=ancestors,
+            request.session, self.prefill, tokens, self.runner.device, depths=draft.depths, ancestors=ancestors
         )
 
-    def _propose(self, request: Request) -> Draft:
-        room = request.max_new_tokens - len(request.answer) - 1
-        if request.drafts is None or self.decode is None or room < 1:
-            return Draft.EMPTY
-        return request.drafts.propose(min(self.decode.decoding_length, 4 * room))
+    def _read_all(self, limit: int | None) -> list[tuple[Request, Flight]]:
+        """Prompts first come first served: a whole one where nobody waits for a token, else parts of `limit` rows."""
+        flights = []
+        for request in (request for request in self._running if request.is_reading):
+            flight = self._read(request, limit)
+            flights.append((request, flight))
+            if limit is None or request.reading.stage is not None:
+                break
+            limit -= len(flight.token_ids)
+            if limit <= 0:
+                break
+        return flights
 
     def _read(self, request: Request, limit: int | None) -> Flight:
         reading, start = request.reading, len(request.session)
         if request.drafts is None and self.decode is not None:
             request.drafts = self.drafter.start(request.prompt, self.decode.namespace)
-        token_ids: Sequence[int] = [0]  # carries on what was chosen: one row keeps the last token's place
+        token_ids: Sequence[int] = request.prompt[-1:]  # carries on what was chosen: one row keeps its place
         if reading.stage is None:
             queries = self.prefill.scorer.queries if self.prefill is not None else 1
             token_ids = request.prompt[start : start + part_len(reading.end - start, limit, max(1, queries))]
@@ -337,10 +262,12 @@ class Engine:
             request.first_token = request.last_token
         else:
             request.num_steps += 1
+            request.num_reviving = session.num_revived - request.num_revived_seen
+        request.num_revived_seen = session.num_revived
         if request.drafts is not None:
             request.drafts.extend(told)
             if flight.reading is None:
-                request.drafts.feedback(request.draft, tokens)
+                request.drafts.feedback(request.proposed, tokens)
         for kept in (request.scores, request.logits):
             if kept is not None:
                 del kept[len(request.answer) :]
@@ -352,7 +279,7 @@ class Engine:
         request.finish_reason = reason
         request.session.in_use = False
         if request.drafts is not None:
-            request.drafts.stop()
+            request.drafts.stop(remember=reason in ("stop", "length"))
         for queue in (self._running, self._waiting):
             if request in queue:
                 queue.remove(request)

@@ -10,23 +10,21 @@ from typing import Any, overload
 
 from transformers import PreTrainedModel
 
+from lazyahead.assemble import engine_for
 from lazyahead.config import LazyPrefill, Lookahead
-from lazyahead.draft.build import drafter_for
-from lazyahead.engine import Engine, Request
-from lazyahead.errors import ContextLengthError, RequestError, UnsupportedModelError
-from lazyahead.hf.forward import Runner
+from lazyahead.errors import ContextLengthError, RequestError
 from lazyahead.hf.load import eos_ids, load, max_context
-from lazyahead.hf.plain import PlainRunner
-from lazyahead.hf.probe import examine
+from lazyahead.hf.probe import probe
 from lazyahead.hf.processors import picker_for
 from lazyahead.reader import reader_path
+from lazyahead.request import Request
 from lazyahead.results import Completion, Piece, Reach
 from lazyahead.sampling import Sampling
 from lazyahead.session import Session, shared_prefix
 from lazyahead.session_file import load_session, save_session
 from lazyahead.text import Detokenizer, Message, Prompt, StopStrings, encode_prompt, encode_turn
 
-Text = str | Sequence[int]
+Text = str | list[int]
 
 
 class LLM:
@@ -57,16 +55,8 @@ class LLM:
             self.model, loaded = load(self.name, dtype, device)
             self.tokenizer = tokenizer or loaded
         self.prefill, self.decode = prefill, decode
-        self.support, anatomy = examine(self.model)
-        if self.support.level == "none":
-            raise UnsupportedModelError(f"{self.name} ({self.support.model_type}): {self.support.reason}")
-        if anatomy is None and (prefill is not None or decode is not None):
-            raise UnsupportedModelError(
-                f"{self.name} ({self.support.model_type}) can only decode plainly: {self.support.reason}; "
-                "pass prefill=None and decode=None"
-            )
-        runner = PlainRunner(self.model) if anatomy is None else Runner(self.model, anatomy)
-        self.engine = Engine(runner, prefill, decode, drafter=drafter_for(decode), max_stall_rows=max_stall_rows)
+        self.support = probe(self.model)
+        self.engine = engine_for(self.model, self.tokenizer, prefill, decode, max_stall_rows)
         self.max_context = max_context(self.model)
         self.eos_ids = eos_ids(self.model, self.tokenizer)
         self._lock = threading.RLock()
@@ -129,12 +119,12 @@ class LLM:
 
     @overload
     def generate(
-        self, prompts: Sequence[Text], question: str | None = None, *, sampling: Sampling = ..., session: None = None
+        self, prompts: list[Text], question: str | None = None, *, sampling: Sampling = ..., session: None = None
     ) -> list[Completion]: ...
 
     def generate(
         self,
-        prompts: str | Sequence[Text],
+        prompts: str | list[Text],
         question: str | None = None,
         *,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
@@ -264,4 +254,3 @@ def _resume(llm: LLM, session: Session | None, token_ids: Sequence[int]) -> Sess
         raise RequestError("this model's state cannot be cut back; continue the session's own text, or start a new one")
     session.crop(shared)
     return session
-

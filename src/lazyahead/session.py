@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-
 from lazyahead.hf.cache import Growing, LayerKV
 from lazyahead.prefill.schedule import Boundary
 from lazyahead.prefill.stash import Stash

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +15,7 @@ from transformers import PreTrainedModel
 from lazyahead.config import LazyPrefill
 from lazyahead.errors import SessionFileError
 from lazyahead.hf.cache import Growing
+from lazyahead.hf.fingerprint import model_fingerprint
 from lazyahead.session import Session
 
 FORMAT = "lazyahead-session-1"
@@ -94,13 +93,8 @@ def _fill(session: Session, header: dict[str, str], tensors: dict[str, Tensor]) 
 
 def _owner(model: PreTrainedModel, prefill: LazyPrefill | None) -> dict[str, str]:
     """What must be the same when the file is read again."""
-    weight = model.get_input_embeddings().weight
-    sample = weight.detach()[:: max(1, weight.shape[0] // 64), :64].float().cpu().contiguous()
-    ignored = ("_name_or_path", "transformers_version", "dtype", "architectures")
-    config: dict[str, Any] = {k: v for k, v in model.config.to_dict().items() if k not in ignored}
-    digest = hashlib.sha256(sample.numpy().tobytes() + json.dumps(config, sort_keys=True, default=str).encode())
     return {
-        "model": digest.hexdigest(),
+        "model": model_fingerprint(model),
         "dtype": str(model.dtype),
         "prefill": "none" if prefill is None else json.dumps(prefill.to_dict()["schedule"]),
     }

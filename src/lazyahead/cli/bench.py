@@ -11,13 +11,20 @@ from rich.console import Console
 from rich.table import Table
 
 from lazyahead.cli import options
-from lazyahead.cli.output import print_json, record, seconds
+from lazyahead.cli.bench_decode import bench_decode
+from lazyahead.cli.output import print_json, record, seconds, tables
 from lazyahead.errors import ConfigError
 
 if TYPE_CHECKING:
     from lazyahead.bench.prefill import PrefillRow
 
+COLUMNS = (
+    *("tokens", "transformers", "lazyahead", "speed-up", "ideal"),
+    *("keep-all", "memory", "step", "2nd question", "reviving"),
+)
+
 app = typer.Typer(no_args_is_help=True)
+app.command("decode")(bench_decode)
 
 
 @app.callback()
@@ -71,8 +78,7 @@ def bench_prefill(
 def show_prefill(name: str, rows: Sequence[PrefillRow], runs: int) -> None:
     """The rows as a table."""
     table = Table(title=f"{name}: time to the first token, median of {runs}", title_justify="left")
-    for header in ("tokens", "transformers", "lazyahead", "speed-up", "ideal", "keep-all", "peak memory", "decode step",
-                   "2nd question", "reviving step"):  # fmt: skip
+    for header in COLUMNS:
         table.add_column(header, justify="right")
     for row in rows:
         table.add_row(
@@ -81,7 +87,7 @@ def show_prefill(name: str, rows: Sequence[PrefillRow], runs: int) -> None:
                 row.second_question_ratio, row.reviving_step_ratio,
             )),
         )  # fmt: skip
-    Console(highlight=False).print(table)
+    tables().print(table)
 
 
 def _times(ratio: float | None) -> str:

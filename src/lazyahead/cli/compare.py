@@ -5,10 +5,9 @@ from __future__ import annotations
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
-from lazyahead.cli.output import seconds
+from lazyahead.cli.output import seconds, tables
 
 if TYPE_CHECKING:
     from lazyahead.bench.baseline import BaselineRun
@@ -103,7 +102,7 @@ def _text(llm: LLM, run: BaselineRun, sampling: Sampling) -> str:
 def _show(llm: LLM, result: Comparison, runs: int, *, sampled: bool) -> None:
     from lazyahead.session import shared_prefix  # noqa: PLC0415
 
-    console = Console(highlight=False)
+    console = tables()
     ours, baseline, stats = result.ours, result.baseline, result.completion.stats
     speedup = {name: f"{value:.2f}x" if value else "–" for name, value in result.speedup().items()}
     table = Table(title=f"{llm.name}, {stats.prompt_tokens:,} prompt tokens, median of {runs}", title_justify="left")

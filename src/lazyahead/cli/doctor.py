@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import psutil
-from rich.console import Console
 from rich.table import Table
 
 from lazyahead.cli import options
-from lazyahead.cli.output import envelope, print_json
+from lazyahead.cli.output import envelope, print_json, tables
 from lazyahead.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -62,4 +61,4 @@ def _show(name: str, rows: dict[str, Any]) -> None:
     for key, value in rows.items():
         whole = isinstance(value, int) and not isinstance(value, bool)
         table.add_row(key.replace("_", " "), f"{value:,}" if whole else str(value))
-    Console(highlight=False).print(table)
+    tables().print(table)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lazyahead.results import Stats
 
 BAR_AFTER_S = 0.5
+TABLE_WIDTH = 120
 
 
 def record(llm: LLM, *, seed: int | None, runs: int, results: dict[str, Any], **config: Any) -> dict[str, Any]:
@@ -74,6 +75,11 @@ def seconds(value: float) -> str:
 def note(message: str) -> None:
     """A line on stderr, dim on a terminal."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(message, style="dim", markup=False)
+
+
+def tables() -> Console:
+    """Where tables go: stdout, wide enough for all their columns also where that is no terminal."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else TABLE_WIDTH)
 
 
 class ReadingBar:

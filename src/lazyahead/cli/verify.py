@@ -1,4 +1,4 @@
-"""`lazyahead verify`: with nothing deferred, our tokens are those of plain transformers."""
+"""`lazyahead verify`: with nothing deferred our tokens are plain transformers', and drafting changes none of ours."""
 
 from __future__ import annotations
 
@@ -18,12 +18,18 @@ if TYPE_CHECKING:
     from lazyahead.llm import LLM
 
 _TEXT = "The tower keeps a lamp, the lamp keeps a flame, and the keeper keeps a list of ships. "
-PROMPTS = tuple(_TEXT * length + "What does the keeper keep?" for length in (1, 4, 16))
+PROMPTS = tuple(_TEXT * length + "What does the keeper keep?" for length in (1, 2, 8))
+WORDS = {
+    "keep_all": "nothing deferred, against plain transformers",
+    "drafting": "drafting ahead, against writing token by token",
+}
+Tokens = tuple[int, ...]
 
 
-class Divergence(NamedTuple):
+class Parting(NamedTuple):
     """Where two ways of answering part."""
 
+    check: str
     prompt: int
     token: int
 
@@ -35,16 +41,17 @@ def verify(
     ] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    prefill: options.Prefill = None,
     max_new_tokens: options.MaxNewTokens = 64,
     json: options.Json = False,
 ) -> None:
-    """Compares greedy answers, token by token: nothing deferred, against plain transformers."""
+    """Compares greedy answers, token by token: nothing deferred against plain transformers, drafts against none."""
     texts = PROMPTS if prompts is None else tuple(filter(str.strip, read_text(prompts).splitlines()))
     if not texts:
         raise RequestError(f"{prompts} has no prompts; write one a line")
     llm = options.Loading(model, dtype, device, prefill="off", decode="off").load()
-    with options.quiet_transformers():
-        fields = compare_greedy(llm, texts, max_new_tokens or 64)
+    with options.quiet_transformers(), options.waiting("answering"):
+        fields = compare_greedy(llm, texts, max_new_tokens or 64, prefill)
     if json:
         print_json(record(llm, seed=0, runs=1, results=fields, max_new_tokens=max_new_tokens))
     else:
@@ -53,35 +60,54 @@ def verify(
         raise typer.Exit(1)
 
 
-def compare_greedy(llm: LLM, texts: tuple[str, ...], max_new_tokens: int) -> dict[str, Any]:
-    """The contract's fields: how many prompts part from plain transformers, and where the first does."""
+def compare_greedy(llm: LLM, texts: tuple[str, ...], max_new_tokens: int, prefill: str | None) -> dict[str, Any]:
+    """The contract's fields: how many answers part, over all checks, and where the first does."""
     from lazyahead.bench.baseline import run_baseline  # noqa: PLC0415
+    from lazyahead.config import LazyPrefill, Lookahead  # noqa: PLC0415
+    from lazyahead.llm import LLM  # noqa: PLC0415
     from lazyahead.sampling import Sampling  # noqa: PLC0415
 
-    sampling, partings = Sampling(max_new_tokens=max_new_tokens), list[Divergence]()
+    sampling = Sampling(max_new_tokens=max_new_tokens)
     prompts = [llm.encode(text).token_ids for text in texts]
+
+    def ours(engine: LLM) -> list[Tokens]:
+        return [completion.token_ids for completion in engine.generate(prompts, sampling=sampling)]  # all at once
+
     expected = [run_baseline(llm.model, token_ids, sampling).token_ids for token_ids in prompts]
-    given = [completion.token_ids for completion in llm.generate(prompts, sampling=sampling)]  # all at once
-    for index, tokens in enumerate(zip(expected, given, strict=True)):
-        pairs = enumerate(zip_longest(*tokens))
-        partings += [Divergence(index, place) for place, (a, b) in pairs if a != b][:1]
+    checks = {"keep_all": partings("keep_all", expected, ours(llm))}
+    if llm.support.level == "full":
+        rule = LazyPrefill() if prefill is None else options.parse_prefill(prefill)
+        plain, drafting = (
+            LLM(llm.model, tokenizer=llm.tokenizer, prefill=rule, decode=decode) for decode in (None, Lookahead())
+        )
+        checks["drafting"] = partings("drafting", ours(plain), ours(drafting))
+    found = [parting for check in checks.values() for parting in check]
     return {
         "prompts": len(texts),
         "tokens": sum(map(len, expected)),
-        "diverged": len(partings),
-        "first_divergence": partings[0]._asdict() if partings else None,
+        "diverged": len(found),
+        "first_divergence": found[0]._asdict() if found else None,
         "dtype": str(llm.model.dtype).removeprefix("torch."),
+        "checks": {name: len(check) for name, check in checks.items()},
     }
+
+
+def partings(check: str, left: list[Tokens], right: list[Tokens]) -> list[Parting]:
+    """The first place of each prompt where two answers differ."""
+    places = []
+    for index, tokens in enumerate(zip(left, right, strict=True)):
+        pairs = enumerate(zip_longest(*tokens))
+        places += [Parting(check, index, place) for place, (a, b) in pairs if a != b][:1]
+    return places
 
 
 def _show(fields: dict[str, Any]) -> None:
     console = Console(highlight=False)
     count = f"{fields['prompts']} prompts, {fields['tokens']} tokens, {fields['dtype']}"
-    if not fields["diverged"]:
-        console.print(f"Identical to plain transformers: {count}.", style="green")
-        return
-    first = fields["first_divergence"]
-    where = f"first at token {first['token']} of prompt {first['prompt'] + 1}"
-    console.print(f"{fields['diverged']} answers part from plain transformers, {where} ({count}).", style="yellow")
-    if fields["dtype"] != "float32":
-        console.print("Identity is promised in float32 only: try --dtype float32.")
+    for check, num in fields["checks"].items():
+        result = f"{num} answers part" if num else "identical"
+        console.print(f"{WORDS[check]}: {result} ({count})", style="yellow" if num else "green")
+    if first := fields["first_divergence"]:
+        console.print(f"First at token {first['token']} of prompt {first['prompt'] + 1} ({WORDS[first['check']]}).")
+        if fields["dtype"] != "float32":
+            console.print("Identity is promised in float32 only: try --dtype float32.")

@@ -8,6 +8,7 @@ import os
 import sqlite3
 import sys
 import time
+import weakref
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,13 @@ END;
 """
 
 
+class Owner(NamedTuple):
+    """Whose token ids these are, as fingerprints. None where it is not known: then it is not compared."""
+
+    model: str | None = None
+    tokenizer: str | None = None
+
+
 class Record(NamedTuple):
     """One remembered answer, without its tokens; `created` in seconds since 1970."""
 
@@ -68,14 +76,22 @@ class AnswerLog:
     An answer is on disk when `append` returns; a process killed in the middle loses at most the answer being written.
     Each namespace holds at most `capacity_bytes` of tokens (4 bytes each), its oldest answers leave first.
 
-    Raises MemoryFileError where the file is no such log, is damaged, or belongs to another model or tokenizer
-    (`tokenizer` is a fingerprint of its vocabulary: token ids mean nothing elsewhere).
+    Raises MemoryFileError where the file is no such log, is damaged, or belongs to another model or tokenizer (token
+    ids mean nothing elsewhere). Without a `model` an existing log is opened, whosever it is.
     """
 
-    def __init__(self, path: str | Path, *, model: str, tokenizer: str, capacity_bytes: int = 64 << 20) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        model: str | None = None,
+        tokenizer: str | None = None,
+        capacity_bytes: int = 64 << 20,
+    ) -> None:
         self.path = Path(path)
-        self.model = model
-        self.tokenizer = tokenizer
+        if model is None and not self.path.is_file():
+            raise MemoryFileError(f"no answers log at {path}")
+        self._given = Owner(model, tokenizer)
         self.max_tokens = max(1, capacity_bytes // _BYTES_PER_TOKEN)
         self._lock = RLock()
         try:
@@ -90,6 +106,14 @@ class AnswerLog:
         except BaseException:
             self._db.close()
             raise
+        self._closing = weakref.finalize(self, self._db.close)
+
+    @property
+    def owner(self) -> Owner:
+        """Whose the log is."""
+        with self._errors_named():
+            held = dict(self._db.execute("SELECT key, value FROM meta").fetchall())
+        return Owner(held.get("model"), held.get("tokenizer"))
 
     def append(self, tokens: Sequence[int], namespace: str = "default") -> None:
         """Remember an answer. Empty ones are not kept, and of one above the capacity only the end is.
@@ -141,12 +165,11 @@ class AnswerLog:
 
     def import_from(self, path: str | Path) -> int:
         """Add the answers of another log of the same model and tokenizer; returns how many. Raises MemoryFileError."""
-        if not Path(path).is_file():
-            raise MemoryFileError(f"no answers log at {path}")
-        if self.path.samefile(path):
+        if Path(path).is_file() and self.path.samefile(path):
             raise MemoryFileError(f"cannot import {path} into itself")
         num_added = 0
-        with AnswerLog(path, model=self.model, tokenizer=self.tokenizer) as other:
+        with AnswerLog(path) as other:
+            other._check_owner(self.owner)
             for namespace in other.usage():
                 for tokens in other.answers(namespace):
                     self.append(tokens, namespace)
@@ -164,7 +187,7 @@ class AnswerLog:
 
     def close(self) -> None:
         with self._lock:
-            self._db.close()
+            self._closing()
 
     def __enter__(self) -> Self:
         return self
@@ -187,11 +210,16 @@ class AnswerLog:
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version != _VERSION:
                 raise MemoryFileError(f"answers log {self.path} has version {version}, this library reads {_VERSION}")
-            held = dict(self._db.execute("SELECT key, value FROM meta").fetchall())
-        for key, mine in (("model", self.model), ("tokenizer", self.tokenizer)):
-            if held.get(key) != mine:
+        self._check_owner(self._given)
+        with self._transaction():
+            known = [(key, value) for key, value in self._given._asdict().items() if value is not None]
+            self._db.executemany("INSERT OR IGNORE INTO meta VALUES (?, ?)", known)
+
+    def _check_owner(self, owner: Owner) -> None:
+        for key, held, mine in zip(Owner._fields, self.owner, owner, strict=True):
+            if None not in (held, mine) and held != mine:
                 raise MemoryFileError(
-                    f"answers log {self.path} belongs to {key} {held.get(key)!r}, not {mine!r}: choose another path"
+                    f"answers log {self.path} belongs to {key} {held!r}, not {mine!r}: choose another path"
                 )
 
     def _create(self) -> None:
@@ -199,7 +227,6 @@ class AnswerLog:
             self._db.execute(statement)
         self._db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
         self._db.execute(f"PRAGMA user_version = {_VERSION}")
-        self._db.executemany("INSERT INTO meta VALUES (?, ?)", [("model", self.model), ("tokenizer", self.tokenizer)])
 
     def _drop_oldest(self, namespace: str) -> None:
         held = self._db.execute("SELECT num_tokens FROM usage WHERE namespace = ?", (namespace,)).fetchone()[0]

@@ -36,6 +36,7 @@ _MULTIPLIERS = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1, 0xD3
 _WORD = 0xFFFFFFFF
 
 _BYTES_PER_SLOT = 4 * (1 + 2 * len(ORDERS))
+MIN_CAPACITY_BYTES = 2048 * _BYTES_PER_SLOT
 _PIECE = 256  # tokens; long sequences are evicted in pieces of this
 _FIRST_SIZE = 1024  # slots
 _CHUNK = 1 << 16  # tokens indexed at once
@@ -60,10 +61,8 @@ class TokenTrie:
     def __init__(self, branch_length: int = 16, *, query_length: int = 32, capacity_bytes: int | None = None) -> None:
         if branch_length < 1 or query_length < 1:
             raise ConfigError(f"branch_length {branch_length} and query_length {query_length} must be at least 1")
-        if capacity_bytes is not None and capacity_bytes < 2 * _FIRST_SIZE * _BYTES_PER_SLOT:
-            raise ConfigError(
-                f"capacity_bytes {capacity_bytes} is too small: at least {2 * _FIRST_SIZE * _BYTES_PER_SLOT} is needed"
-            )
+        if capacity_bytes is not None and capacity_bytes < MIN_CAPACITY_BYTES:
+            raise ConfigError(f"capacity_bytes {capacity_bytes} is too small: at least {MIN_CAPACITY_BYTES} is needed")
         self._tokens: Ints
         self._pieces: list[int]  # first positions of what is evicted at once, ascending
         self._used: set[int]  # those of them that were touched since they were written
@@ -85,6 +84,11 @@ class TokenTrie:
     def __len__(self) -> int:
         """Tokens held, separators included."""
         return self._end - self._start
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens held at most."""
+        return self._max_size
 
     @property
     def nbytes(self) -> int:

@@ -1,14 +1,16 @@
 """The paper's drafter: a trie of the request's own text, and a trie of what earlier requests left."""
 
+import warnings
 from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from lazyahead.draft.answers import AnswerLog
 from lazyahead.draft.budget import MAX_DEPTH, Acceptance
 from lazyahead.draft.grow import Branch, Mode, grow
 from lazyahead.draft.tree import Draft, Source
 from lazyahead.draft.trie import TokenTrie
-from lazyahead.errors import ConfigError
+from lazyahead.errors import ConfigError, MemoryFileError
 
 
 class TrieDrafter:
@@ -17,7 +19,9 @@ class TrieDrafter:
     Args:
         branch_length: depth of a draft, tokens.
         mode: "hierarchical", "parallel" or "single", see `grow`.
-        capacity_bytes: of what is remembered, per namespace; least recently used leaves first. 0: remember nothing.
+        capacity_bytes: of what is remembered, per namespace; least recently used leaves first. 0: remember nothing,
+            so that requests have no influence on each other at all.
+        log: where what is remembered outlives this object; a namespace is read from it when it is first used.
         max_matches: occurrences looked at per lookup, in the request's text and in the remembered ones each.
         decay: vote of an occurrence against the next newer one of the same kind.
 
@@ -31,6 +35,7 @@ class TrieDrafter:
         mode: Mode = "hierarchical",
         *,
         capacity_bytes: int = 64 << 20,
+        log: AnswerLog | None = None,
         max_matches: int = 8,
         decay: float = 0.9,
     ) -> None:
@@ -44,37 +49,56 @@ class TrieDrafter:
         self.branch_length = branch_length
         self.mode = mode
         self.capacity_bytes = capacity_bytes
+        self.log = log
         self.max_matches = max_matches
         self.decay = decay
-        self._namespaces: dict[str, _Namespace] = {}
+        self._namespaces: dict[str, Namespace] = {}
 
     def start(self, prompt: Sequence[int] = (), namespace: str = "default") -> "TrieRequest":
-        request = TrieRequest(self, self._namespace(namespace))
+        request = TrieRequest(self, namespace)
         request.extend(prompt, Source.PROMPT)
         return request
 
     def remember(self, tokens: Sequence[int], namespace: str = "default") -> None:
-        """Add an earlier answer or a document to what requests of this namespace are drafted from."""
-        self._namespace(namespace).remember(tokens)
+        """Add an earlier answer or a document to what requests of this namespace are drafted from.
+
+        A log that cannot be written any more (a full disk) gets a warning, and no further answers.
+        """
+        self.namespace(namespace).remember(tokens)
+        if self.log is not None:
+            try:
+                self.log.append(tokens, namespace)
+            except MemoryFileError as error:
+                self.log = None
+                warnings.warn(f"answers are no longer kept on disk: {error}", RuntimeWarning, stacklevel=2)
 
     def forget(self, namespace: str = "default") -> None:
         """Drop what the namespace remembers, learned acceptance included."""
         self._namespaces.pop(namespace, None)
+        if self.log is not None:
+            self.log.clear(namespace)
 
     def nbytes(self, namespace: str = "default") -> int:
         """Bytes that the namespace remembers with."""
-        shared = self._namespace(namespace).shared
+        shared = self.namespace(namespace).shared
         return shared.nbytes if shared else 0
 
-    def _namespace(self, name: str) -> "_Namespace":
+    def namespace(self, name: str = "default") -> "Namespace":
+        """What the namespace remembers, read from the log where it was not yet. Raises MemoryFileError."""
+        if not self.capacity_bytes:
+            return Namespace(None)
         if name not in self._namespaces:
-            shared = TokenTrie(self.branch_length, capacity_bytes=self.capacity_bytes) if self.capacity_bytes else None
-            self._namespaces[name] = _Namespace(shared)
+            namespace = Namespace(TokenTrie(self.branch_length, capacity_bytes=self.capacity_bytes))
+            for tokens in self.log.answers(name) if self.log is not None else ():
+                namespace.remember(tokens)
+            self._namespaces[name] = namespace
         return self._namespaces[name]
 
 
 @dataclass
-class _Namespace:
+class Namespace:
+    """What the requests of one tenant have in common."""
+
     shared: TokenTrie | None  # earlier answers and indexed documents
     acceptance: Acceptance = field(default_factory=Acceptance)
 
@@ -87,6 +111,7 @@ class _Namespace:
 _PATIENCE = 8  # misses in a row before lookups are skipped
 _MAX_SKIP = 7  # lookups skipped at most before one is tried
 _HEADROOM = 2048  # tokens of answer that the prompt's index has room for
+_NUM_LEAD = 16  # prompt tokens that are remembered in front of an answer, so that its first tokens are found
 _USED_MATCH_LEN = 4  # a shorter match in a remembered text does not count as a use of it
 
 
@@ -97,14 +122,14 @@ class TrieRequest:
     such steps in a row one, then 3, then 7 before each try, until a draft brings a token again.
     """
 
-    def __init__(self, drafter: TrieDrafter, namespace: _Namespace) -> None:
+    def __init__(self, drafter: TrieDrafter, name: str) -> None:
         self._drafter = drafter
-        self._namespace = namespace
+        self._name, self._namespace = name, drafter.namespace(name)
         self.own = TokenTrie(drafter.branch_length)  # prompt and answer
         self._sources: list[Source] = []  # of the run that begins at ...
         self._run_starts: list[int] = []
         self._recent: list[int] = []
-        self._answer: list[int] = []
+        self._answer: list[int] = []  # and the few prompt tokens before it
         self._num_misses = 0
         self._num_skips = 0
         self._looked_up = False
@@ -120,8 +145,9 @@ class TrieRequest:
         self.own.extend(tokens)
         query_length = self.own.query_length
         self._recent = [*self._recent, *tokens[-query_length:]][-query_length:]
-        if source is Source.OUTPUT:
-            self._answer.extend(tokens)
+        self._answer.extend(tokens if source is Source.OUTPUT else tokens[-_NUM_LEAD:])
+        if source is Source.PROMPT:
+            del self._answer[:-_NUM_LEAD]
 
     def propose(self, max_nodes: int) -> Draft:
         self._looked_up = self._num_skips == 0
@@ -144,8 +170,8 @@ class TrieRequest:
             self._num_skips = min(2 ** (self._num_misses - _PATIENCE + 1) - 1, _MAX_SKIP)
 
     def stop(self, *, remember: bool = False) -> None:
-        if remember:
-            self._namespace.remember(self._answer)
+        if remember and self._drafter.capacity_bytes:
+            self._drafter.remember(self._answer, self._name)
         self.own.clear()
         self._sources, self._run_starts, self._recent, self._answer = [], [], [], []
 

@@ -1,18 +1,41 @@
-"""Where a model's parts are, found by looking, never by family name."""
+"""Where a model's parts are and what its layers see, found by watching it run, never by family name."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lazyahead.hf.load import max_context
+from lazyahead.hf.look import Call, Entry, Look, Mask, Unfit, all_configs, look
 from lazyahead.prefill.schedule import LayerShape
 
 ATTENTION_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Layer types whose whole memory is keys and values by position."""
+_HONOURED = {"scaling", "sliding_window", "softcap", "s_aux", "is_causal", "dropout", "position_ids", "cache_position"}
+"""What attention may be called with: heeded, or without effect on which token sees what. Flags (bool) aside."""
 _GROWING_ROPE = frozenset({"dynamic", "longrope"})
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_FARTHEST = 1 << 20
+"""Windows that are wider than this are none."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """An argument of layers that holds one row per token in the pass: rotary tables, position ids and the like."""
+
+    key: int
+    """Layers that are handed one and the same object share a key."""
+    dim: int
+    """Along which the rows stand."""
+
+
+Plan = Table | tuple["Plan | None", ...] | None
+"""Which parts of an argument are tables; a tuple mirrors an argument that is a tuple or list."""
 
 
 @dataclass(frozen=True)
@@ -20,18 +43,33 @@ class Anatomy:
     """The parts of one model that the seams need."""
 
     layers: tuple[nn.Module, ...]
+    """Those that attend, in order; layers that run only beside pictures or sound are left out."""
     head: nn.Module
     configs: tuple[PretrainedConfig, ...]
     """Every config object that chooses an attention function."""
-    layer_types: tuple[str, ...]
+    windows: tuple[int | None, ...]
+    """Per layer: a row sees keys less than this many positions back."""
     chunks: tuple[int | None, ...]
-    """Chunk length of each layer with chunked attention."""
+    """Per layer: a row sees keys of its own chunk of this many positions."""
+    widths: tuple[int, ...]
+    """Per layer: query heads times their size."""
+    plans: tuple[dict[int | str, Plan], ...]
+    """Per layer: the tables among its arguments, by place or name."""
+    num_tables: int
     tables_depend_on_length: bool
     """Rotary tables change with the longest position in a pass: requests then travel alone and unsplit."""
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """What each layer's mask does, in the words of transformers."""
+        return tuple(
+            "sliding_attention" if window else "chunked_attention" if chunk else "full_attention"
+            for window, chunk in zip(self.windows, self.chunks, strict=True)
+        )
 
     @property
     def attends_fully(self) -> tuple[bool, ...]:
@@ -55,53 +93,181 @@ class Anatomy:
                 p.numel() for layer in self.layers for name, p in layer.named_parameters() if "experts" in name
             )
             total -= round(routed * (1 - active / experts))
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return LayerShape(total // self.num_layers, config.num_attention_heads * head_dim)
+        return LayerShape(total // self.num_layers, sum(self.widths) // self.num_layers)
 
 
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-
-
-def dissect(model: PreTrainedModel) -> Anatomy | str:
-    """The parts, or one sentence that says what is missing."""
-    config = model.config.get_text_config()
-    num_layers = getattr(config, "num_hidden_layers", None)
-    stacks = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers and len(list(module.parameters()))
-    ]
-    if not stacks:
-        return "no stack of decoder layers was found"
+def dissect(model: PreTrainedModel) -> Anatomy:
+    """The parts of a model. Raises Unfit with the reason why its tokens cannot be deferred."""
+    foreign = sorted(set(declared_types(model)) - ATTENTION_TYPES)
+    if foreign:
+        raise Unfit(f"layers of type {', '.join(foreign)} keep a state that no token can join later")
     head = model.get_output_embeddings()
     if head is None:
-        return "the model has no output head"
-    seen = {id(model.config): model.config}
-    for module in model.modules():
-        own = getattr(module, "config", None)
-        if isinstance(own, PretrainedConfig):
-            seen.setdefault(id(own), own)
-    types = _layer_types(config, len(stacks[0]))
-    chunk = getattr(config, "attention_chunk_size", None)
+        raise Unfit("the model has no output head")
+    short, long = _looks(model)
+    layers = _layers(model, short)
+    calls = _calls_by_layer(layers, short)
+    reaches = _reaches(calls, max_context(model))
+    tables: dict[tuple[int, int, int], Table] = {}
+    plans = tuple(_plans(short.entries[layer], long.entries[layer], tables) for layer in layers)
     return Anatomy(
-        layers=tuple(stacks[0]),
+        layers=layers,
         head=head,
-        configs=tuple(seen.values()),
-        layer_types=types,
-        chunks=tuple(chunk if kind == "chunked_attention" else None for kind in types),
-        tables_depend_on_length=_rope_grows(config),
+        configs=all_configs(model),
+        windows=tuple(window for window, _ in reaches),
+        chunks=tuple(chunk for _, chunk in reaches),
+        widths=tuple(call.query.shape[1] * call.query.shape[3] for call in calls),
+        plans=plans,
+        num_tables=len(tables),
+        tables_depend_on_length=_rope_grows(model),
     )
 
 
-def _layer_types(config: PretrainedConfig, num_layers: int) -> tuple[str, ...]:
-    types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
-    if types:
-        return tuple(types)
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return ("sliding_attention" if window else "full_attention",) * num_layers
+def declared_types(model: PreTrainedModel) -> tuple[str, ...]:
+    """Layer types as the config names them; empty where it does not."""
+    config = model.config.get_text_config()
+    return tuple(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
 
 
-def _rope_grows(config: PretrainedConfig) -> bool:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    return any(group.get("rope_type") in _GROWING_ROPE for group in (parameters, *nested))
+def _looks(model: PreTrainedModel) -> tuple[Look, Look]:
+    """Two looks with different numbers of tokens: what differs in shape has a row per token."""
+    try:
+        looks = look(model, 5), look(model, 7)
+    except Exception:
+        if getattr(model, "_supports_attention_backend", True):
+            raise
+        looks = Look(5, [], {}), Look(7, [], {})
+    if not looks[0].calls:
+        raise Unfit("its attention is not called through transformers' attention interface")
+    return looks
+
+
+def _layers(model: nn.Module, seen: Look) -> tuple[nn.Module, ...]:
+    """The members of the one module list that hold every attention that was called."""
+    callers = {call.module for call in seen.calls}
+    best: list[nn.Module] = []
+    ran: list[nn.Module] = []
+    for stack in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
+        inside = [member for member in stack if not callers.isdisjoint(member.modules())]
+        if len(inside) > len(best) and callers.issubset(part for member in inside for part in member.modules()):
+            best, ran = inside, [member for member in stack if member in seen.entries]
+    if not best:
+        raise Unfit("its attention calls do not come from one stack of layers")
+    if len(ran) > len(best):
+        raise Unfit(f"{len(ran) - len(best)} of its {len(ran)} layers run without attention")
+    return tuple(best)
+
+
+def _calls_by_layer(layers: Sequence[nn.Module], seen: Look) -> list[Call]:
+    """The one attention call of each layer, each checked by itself."""
+    owner = {part: index for index, layer in enumerate(layers) for part in layer.modules()}
+    order = [owner[call.module] for call in seen.calls]
+    for index in range(len(layers)):
+        if order.count(index) != 1:
+            raise Unfit(f"layer {index} calls its attention {order.count(index)} times per pass")
+    if order != sorted(order):
+        raise Unfit("its layers do not run in order")
+    storages: set[int] = set()
+    for index, call in enumerate(seen.calls):
+        _check_call(index, call, seen.num_tokens)
+        if call.keys.data_ptr() in storages:
+            raise Unfit("its layers share keys and values")
+        storages.add(call.keys.data_ptr())
+    return seen.calls
+
+
+def _check_call(index: int, call: Call, num_tokens: int) -> None:
+    unknown = sorted(
+        name
+        for name, value in call.extras.items()
+        if name not in _HONOURED and value is not None and not isinstance(value, bool)
+    )
+    if unknown:
+        raise Unfit(f"layer {index} passes {', '.join(unknown)} to its attention")
+    if call.query.shape[2] != num_tokens or call.keys.shape[2] != num_tokens:
+        raise Unfit(f"layer {index} attends with {call.query.shape[2]} rows to {call.keys.shape[2]} keys of its own")
+    if call.extras.get("is_causal") is False or not isinstance(call.mask, Mask):
+        raise Unfit(f"layer {index} does not take its mask from transformers' mask interface")
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def _reaches(calls: Sequence[Call], context: int) -> list[tuple[int | None, int | None]]:
+    """Window and chunk of each layer, read off its mask rule; layers with one rule are asked once."""
+    known: dict[int, tuple[int | None, int | None]] = {}
+    for index, call in enumerate(calls):
+        rule, device = call.mask.rule, call.query.device
+        if id(rule) not in known:
+            known[id(rule)] = _reach(rule, min(max(context, 1 << 12), _FARTHEST), device, index)
+    return [known[id(call.mask.rule)] for call in calls]
+
+
+def _reach(rule: Any, far: int, device: torch.device, layer: int) -> tuple[int | None, int | None]:
+    """(window, chunk) of a mask rule, proved on a grid of positions up to `far`."""
+
+    def first_seen(query: int) -> int:
+        return int(rule(0, 0, torch.tensor(query, device=device), torch.arange(query + 1, device=device)).int().argmax())
+
+    window = chunk = None
+    first = first_seen(far)
+    if first > 0 and first_seen(first) == first:
+        chunk = first - first_seen(first - 1)
+    elif first > 0:
+        window = far - first + 1
+    edges = {edge * unit + step for unit in (1, window or 1, chunk or 1) for edge in range(4) for step in range(-2, 3)}
+    edges |= set(range(0, far, max(1, far // 200))) | {far - 1, far}
+    places = torch.tensor(sorted(place for place in edges if 0 <= place <= far), device=device)
+    queries, keys = places[:, None], places[None]
+    expected = keys <= queries
+    if window is not None:
+        expected = expected & (keys > queries - window)
+    if chunk is not None:
+        expected = expected & (keys // chunk == queries // chunk)
+    if not torch.equal(rule(0, 0, queries, keys).expand_as(expected), expected):
+        raise Unfit(f"the mask of layer {layer} is neither causal, nor a sliding window, nor chunks")
+    return window, chunk
+
+
+# --- arguments of layers ----------------------------------------------------------------------------------------------
+
+
+def _plans(short: Entry, long: Entry, tables: dict[tuple[int, int, int], Table]) -> dict[int | str, Plan]:
+    """Which arguments of a layer hold a row per token, hidden states aside."""
+    hidden = short.args[0] if short.args else short.kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[0] != 1:
+        raise Unfit("its layers do not take hidden states of shape (1, tokens, size)")
+    pairs: list[tuple[int | str, Any, Any]] = [
+        (place, value, long.args[place]) for place, value in enumerate(short.args) if place
+    ]
+    pairs += [(name, value, long.kwargs[name]) for name, value in short.kwargs.items() if name != "hidden_states"]
+    plans = {name: _plan(name, *values, tables) for name, *values in pairs}
+    return {name: plan for name, plan in plans.items() if plan is not None}
+
+
+def _plan(name: int | str, short: Any, long: Any, tables: dict[tuple[int, int, int], Table]) -> Plan:
+    if isinstance(short, tuple | list):
+        parts = tuple(_plan(name, *pair, tables) for pair in zip(short, long, strict=True))
+        return parts if any(part is not None for part in parts) else None
+    if not isinstance(short, Tensor) or short.shape == long.shape:
+        return None
+    dims = [dim for dim, sizes in enumerate(zip(short.shape, long.shape, strict=True)) if sizes[0] != sizes[1]]
+    if len(dims) > 1:
+        raise Unfit(f"argument {name} of its layers belongs to pairs of tokens")
+    return tables.setdefault((id(short), id(long), dims[0]), Table(len(tables), dims[0]))
+
+
+def _rope_grows(model: PreTrainedModel) -> bool:
+    """Asks the rotary modules; the config only where there are none."""
+    kinds = set(_words(getattr(module, "rope_type", None) for module in model.modules()))
+    if not kinds:
+        parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+        groups = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+        kinds = set(_words(group.get("rope_type") for group in groups))
+    return bool(kinds & _GROWING_ROPE)
+
+
+def _words(values: Iterator[Any]) -> Iterator[str]:
+    """Rotary types are a word, or a dict of them by layer type."""
+    for value in values:
+        yield from (word for word in (value.values() if isinstance(value, dict) else (value,)) if isinstance(word, str))

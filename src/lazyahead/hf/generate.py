@@ -19,13 +19,11 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from lazyahead.assemble import engine_for
 from lazyahead.config import LazyPrefill, Lookahead
-from lazyahead.draft.build import drafter_for
-from lazyahead.engine import Engine, Request
-from lazyahead.errors import RequestError, UnsupportedModelError
-from lazyahead.hf.forward import Runner
-from lazyahead.hf.plain import PlainRunner
-from lazyahead.hf.probe import examine
+from lazyahead.engine import Engine
+from lazyahead.errors import RequestError
+from lazyahead.request import Request
 from lazyahead.results import Stats
 from lazyahead.sampling import Picker
 
@@ -50,7 +48,7 @@ def accelerate(
     cannot be raises RequestError naming it. Raises UnsupportedModelError on entry when the model cannot do what is
     asked. After the block, also after an exception, the model is as before.
     """
-    accelerated = Accelerated(_engine(model, prefill, decode))
+    accelerated = Accelerated(engine_for(model, None, prefill, decode))
     before = model.__dict__.get("generate")
     plain = model.generate
 
@@ -79,18 +77,9 @@ def custom_generate(
     """For `model.generate(..., custom_generate=custom_generate())`. Give the streamer here: transformers keeps it."""
 
     def method(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Any:
-        return _Method(Accelerated(_engine(model, prefill, decode)), streamer)(model, input_ids, **kwargs)
+        return _Method(Accelerated(engine_for(model, None, prefill, decode)), streamer)(model, input_ids, **kwargs)
 
     return method
-
-
-def _engine(model: PreTrainedModel, prefill: LazyPrefill | None, decode: Lookahead | None) -> Engine:
-    support, anatomy = examine(model)
-    if support.level == "none" or (anatomy is None and (prefill is not None or decode is not None)):
-        remedy = "" if support.level == "none" else "; pass prefill=None and decode=None to run it plainly"
-        raise UnsupportedModelError(f"{type(model).__name__} ({support.model_type}): {support.reason}{remedy}")
-    runner = PlainRunner(model) if anatomy is None else Runner(model, anatomy)
-    return Engine(runner, prefill, decode, drafter=drafter_for(decode))
 
 
 class _Method:
@@ -192,7 +181,9 @@ def _refuse(config: GenerationConfig, processors: LogitsProcessorList, model_kwa
     }
     named = [name for name, is_asked in asked.items() if is_asked]
     if named:
-        raise RequestError(f"{', '.join(named)} cannot be combined with lazyahead; leave it out, or call plain generate")
+        raise RequestError(
+            f"{', '.join(named)} cannot be combined with lazyahead; leave it out, or call plain generate"
+        )
     cache = model_kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise RequestError("past_key_values that already hold tokens cannot be continued; use a lazyahead Session")
@@ -208,7 +199,7 @@ def _starts(input_ids: Tensor, model_kwargs: dict[str, Any]) -> list[int]:
         starts = [length - int(row.sum()) for row in mask]
         for row, start in zip(mask, starts, strict=True):
             if not bool(row[start:].all()):
-                raise RequestError("attention_mask has zeros behind the first one; pad on the left and mask nothing else")
+                raise RequestError("attention_mask has zeros behind the first one; pad on the left only")
     if max(starts, default=0) >= length:
         raise RequestError("a prompt of the batch is empty; give each at least one token")
     positions = model_kwargs.get("position_ids")

@@ -44,7 +44,8 @@ class PlainRunner:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     @contextmanager
     def attached(self) -> Iterator[PlainRunner]:
@@ -53,12 +54,34 @@ class PlainRunner:
 
     @torch.no_grad()
     def run(self, flights: Sequence[_Flight]) -> Tensor:
-        """Logits (R, V) of the rows that speak of one flight."""
+        """Logits (R, V) of the rows that speak of one flight. Behind a cache tokens go one by one: several models of
+        transformers use their recurrent state only then. Raises LazyAheadError when there is no way to go on."""
         (flight,) = flights
-        cache = self._caches.get(flight.session, {})
-        inputs: dict[str, Any] = {"input_ids": torch.tensor([list(flight.token_ids)], device=self.device), **cache}
+        token_ids, positions = list(flight.token_ids), flight.entering_positions
+        cache = self._caches.pop(flight.session, None)  # a pass that fails leaves none behind
+        if cache is None and int(positions[0]) > 0:
+            raise LazyAheadError("the state of this conversation was lost by a pass that failed; start a new one")
+        first = min(flight.speaks, default=len(token_ids))
+        if cache is None:
+            logits, cache = self._forward(token_ids, positions, {}, len(token_ids) - first)
+        else:
+            spoken: list[Tensor] = []
+            for row, token_id in enumerate(token_ids):
+                row_logits, cache = self._forward([token_id], positions[row : row + 1], cache, int(row >= first))
+                spoken.append(row_logits)
+            logits = torch.cat(spoken)
+        self._caches[flight.session] = cache
+        return logits[[row - first for row in flight.speaks]]
+
+    def _forward(
+        self, token_ids: list[int], positions: Tensor, cache: dict[str, Any], num_last: int
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Logits (num_last, V) of the last rows, and what the model remembers after them."""
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([token_ids], device=self.device), **cache}
         if "position_ids" in self._accepts:
-            inputs["position_ids"] = flight.entering_positions[None]
+            inputs["position_ids"] = positions[None]
+        if "logits_to_keep" in self._accepts:
+            inputs["logits_to_keep"] = max(1, num_last)
         try:
             output = self.model(**inputs, use_cache=True, return_dict=True)
         except torch.OutOfMemoryError as error:
@@ -66,6 +89,5 @@ class PlainRunner:
         kept = {name: output[name] for name in _CACHES if name in self._accepts and output.get(name) is not None}
         if not kept:
             raise LazyAheadError(f"{type(self.model).__name__} hands back no cache, so it cannot go on from its prompt")
-        self._caches[flight.session] = kept
         logits: Tensor = output.logits[0]
-        return logits[logits.shape[0] - len(flight.token_ids) :][list(flight.speaks)]
+        return logits[logits.shape[0] - num_last :], kept

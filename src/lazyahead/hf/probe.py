@@ -1,7 +1,8 @@
-"""What lazyahead can do for a model: read from its parts, then proved by running a dozen tokens through the seams."""
+"""What lazyahead can do for a model: seen by watching it run, then proved by sending a dozen tokens another way."""
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +12,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lazyahead.hf.anatomy import ATTENTION_TYPES, Anatomy, dissect
+from lazyahead.hf.anatomy import Anatomy, declared_types, dissect
 from lazyahead.hf.attention import Heads, Rows, attend
 from lazyahead.hf.cache import Growing, LayerKV
 from lazyahead.hf.forward import Runner
+from lazyahead.hf.look import Unfit
+from lazyahead.hf.plain import PlainRunner
 
 Level = Literal["full", "decode-only", "none"]
+
+_NUM_TOKENS = 12
+_NUM_FIRST = 7
+"""Tokens of the first pass."""
 
 
 @dataclass(frozen=True)
@@ -51,56 +58,73 @@ def _examine(model: PreTrainedModel) -> tuple[Support, Anatomy | None]:
     kind = str(config.model_type)
     num_layers = int(getattr(config.get_text_config(), "num_hidden_layers", 0) or 0)
     if getattr(config, "is_encoder_decoder", False):
-        return Support(
-            "none", "encoder-decoder models are not supported, decoder-only ones are", kind, num_layers
-        ), None
+        reason = "encoder-decoder models are not supported, decoder-only ones are"
+        return Support("none", reason, kind, num_layers), None
     if not model.can_generate():
         return Support("none", f"{type(model).__name__} has no language-model head to generate with", kind, 0), None
-    anatomy = dissect(model)
-    reason = anatomy if isinstance(anatomy, str) else _obstacle(model, anatomy)
-    types = () if isinstance(anatomy, str) else anatomy.layer_types
-    if reason is not None or isinstance(anatomy, str):
-        return Support("decode-only", f"{reason}; prompts are read whole", kind, num_layers, types), None
-    return Support("full", "every layer keeps keys and values by position", kind, num_layers, types), anatomy
-
-
-def _obstacle(model: PreTrainedModel, anatomy: Anatomy) -> str | None:
-    """Why tokens of this model cannot be deferred; None when they can."""
-    foreign = sorted(set(anatomy.layer_types) - ATTENTION_TYPES)
-    if foreign:
-        return f"layers of type {', '.join(foreign)} keep a state that no token can join later"
-    if len(anatomy.layer_types) != anatomy.num_layers:
-        return f"{len(anatomy.layer_types)} layer types for {anatomy.num_layers} layers"
     try:
-        return _self_test(model, anatomy)
+        anatomy = dissect(model)
+        _defers_rightly(model, anatomy)
+    except Unfit as unfit:
+        reason = str(unfit)
     except Exception as error:
-        return f"its forward does not fit the seams ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+        reason = f"its forward does not fit the seams ({_in_short(error)})"
+    else:
+        types = anatomy.layer_types
+        return Support("full", "every layer keeps keys and values by position", kind, len(types), types), anatomy
+    types = declared_types(model)
+    try:
+        _continues_rightly(model)
+    except Unfit as unfit:
+        return Support("none", f"{unfit}; and {reason}", kind, num_layers, types), None
+    except Exception as error:
+        return Support("none", f"it cannot go on from its cache ({_in_short(error)}); and {reason}", kind, num_layers), None
+    return Support("decode-only", f"{reason}; prompts are read whole", kind, num_layers, types), None
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+
+
+def _token_ids(model: PreTrainedModel) -> list[int]:
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    return [(7919 * i + 13) % vocabulary for i in range(_NUM_TOKENS)]
 
 
 @torch.no_grad()
-def _self_test(model: PreTrainedModel, anatomy: Anatomy) -> str | None:
-    """Reads 12 tokens in three passes and compares with plain: 7 held back half-way, 4 that revive them, 1 alone."""
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    token_ids = [(7919 * i + 13) % vocabulary for i in range(12)]
-    plain = model(input_ids=torch.tensor([token_ids], device=anatomy.device), use_cache=False).logits[0, 7:].float()
+def _plain_logits(model: PreTrainedModel) -> Tensor:
+    """Logits (5, V) of the last tokens, as the model gives them by itself."""
+    inputs = {"input_ids": torch.tensor([_token_ids(model)], device=model.device)}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = torch.arange(_NUM_TOKENS, device=model.device)[None]
+    logits: Tensor = model(**inputs, use_cache=False).logits[0, _NUM_FIRST - _NUM_TOKENS :]
+    return logits
+
+
+def _compare(ours: Tensor, plain: Tensor, way: str) -> None:
+    if ours.shape != plain.shape:
+        raise Unfit(f"its logits have shape {tuple(ours.shape)} {way}, {tuple(plain.shape)} without")
+    tolerance = 1e-3 if plain.dtype == torch.float32 else 0.1
+    gap = ((ours.float() - plain.float()).abs().max() / plain.float().abs().max().clamp(min=1e-6)).item()
+    if not gap <= tolerance:
+        raise Unfit(f"its logits differ by {gap:.1e} (relative) {way}")
+
+
+# --- deferring --------------------------------------------------------------------------------------------------------
+
+
+def _defers_rightly(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    """Three passes, compared with plain: 7 tokens held back half-way, 4 that revive them, 1 alone. Raises Unfit."""
+    token_ids = _token_ids(model)
     store = [LayerKV() for _ in anatomy.layers]
     tables: list[Growing] = []
-    first = _Held(token_ids[:7], 0, store, tables, anatomy, held=None)
+    first = _Held(token_ids[:_NUM_FIRST], 0, store, tables, anatomy)
     with Runner(model, anatomy).attached() as runner:
         runner.run([first])
-        second = _Held(token_ids[7:11], 7, store, tables, anatomy, held=first.held)
-        last = _Held(token_ids[11:], 11, store, tables, anatomy, held=(first.held[0][:0], first.positions))
-        ours = torch.cat([runner.run([second]), runner.run([last])]).float()
-    if set(last.windows) != set(range(anatomy.num_layers)):
-        return "its attention cannot be replaced through transformers' attention interface"
-    for layer, kind in enumerate(anatomy.layer_types):
-        if (kind == "sliding_attention") != last.windows[layer]:
-            return f"layer {layer} is said to be {kind}, but its attention is not called so"
-    if ours.shape != plain.shape:
-        return f"its logits have shape {tuple(ours.shape)} through the seams, {tuple(plain.shape)} without"
-    tolerance = 1e-3 if plain.dtype == model.dtype else 0.1
-    gap = ((ours - plain).abs().max() / plain.abs().max().clamp(min=1e-6)).item()
-    return None if gap <= tolerance else f"its logits differ by {gap:.1e} (relative) through the seams"
+        second = _Held(token_ids[_NUM_FIRST:-1], _NUM_FIRST, store, tables, anatomy, brings=first.held)
+        last = _Held(token_ids[-1:], _NUM_TOKENS - 1, store, tables, anatomy, brings=second.held)
+        ours = torch.cat([runner.run([second]), runner.run([last])])
+    _compare(ours, _plain_logits(model), "through the seams")
 
 
 class _Held:
@@ -113,15 +137,16 @@ class _Held:
         store: list[LayerKV],
         tables: list[Growing],
         anatomy: Anatomy,
-        held: tuple[Tensor, Tensor] | None,
+        brings: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.token_ids, self.last = token_ids, start + len(token_ids) - 1
         self.speaks: Sequence[int] = range(len(token_ids))
         self.tables: list[Growing] | None = tables
         self.entering_positions = torch.arange(start, start + len(token_ids), device=anatomy.device)
         self.positions, self.entered = self.entering_positions, torch.arange(len(token_ids), device=anatomy.device)
-        self.held, self.windows = held, dict[int, bool]()
-        self._store, self._middle, self._brings = store, anatomy.num_layers // 2, held is not None
+        self.held: tuple[Tensor, Tensor] | None = None
+        """Hidden states and positions of rows that were held back."""
+        self._store, self._middle, self._brings, self._is_first = store, anatomy.num_layers // 2, brings, start == 0
 
     @property
     def num_rows(self) -> int:
@@ -130,17 +155,41 @@ class _Held:
     def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, heads: Heads) -> Tensor:
         kv = self._store[layer]
         kv.append(keys, values, self.positions)
-        self.windows[layer] = heads.window is not None
         return attend(query, kv, Rows(self.positions, self.last), heads)
 
     def cross(self, layer: int, hidden: Tensor) -> Tensor | None:
         if layer != self._middle:
             return None
-        if self.held is None or not self._brings:
+        if self._is_first:
             self.held = (hidden.clone(), self.positions)
             self.positions, self.entered = self.positions[:0], self.entered[:0]
             return hidden[:0]
-        rows, positions = self.held
+        if self._brings is None:
+            return None
+        rows, positions = self._brings
         self.entered = torch.cat([torch.full_like(positions, -1), self.entered])
         self.positions = torch.cat([positions, self.positions])
         return torch.cat([rows, hidden])
+
+
+# --- the model's own cache --------------------------------------------------------------------------------------------
+
+
+def _continues_rightly(model: PreTrainedModel) -> None:
+    """Two turns from the model's own cache, compared with one pass without. Raises Unfit."""
+    token_ids, talk, runner = _token_ids(model), _Talk(), PlainRunner(model)
+    runner.run([_Turn(talk, token_ids[:_NUM_FIRST], 0, model.device)])
+    ours = runner.run([_Turn(talk, token_ids[_NUM_FIRST:], _NUM_FIRST, model.device)])
+    _compare(ours, _plain_logits(model), "from its own cache")
+
+
+class _Talk:
+    """Stands for a session."""
+
+
+class _Turn:
+    """Tokens of one turn, all of which speak."""
+
+    def __init__(self, session: _Talk, token_ids: Sequence[int], start: int, device: torch.device) -> None:
+        self.session, self.token_ids, self.speaks = session, token_ids, range(len(token_ids))
+        self.entering_positions = torch.arange(start, start + len(token_ids), device=device)

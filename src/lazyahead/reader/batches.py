@@ -13,8 +13,8 @@ from lazyahead.reader.tasks import CHARS_PER_TOKEN, build_page
 from lazyahead.reader.world import World
 
 MAX_POSITION = 16384
-ANSWER_WEIGHT, CONTEXT_WEIGHT, CONTEXT_SHARE = 1.0, 0.1, 0.25
-# How often each task is drawn; few_shot and code are easy and need less.
+ANSWER_WEIGHT, REPEAT_WEIGHT, CONTEXT_WEIGHT, CONTEXT_SHARE = 1.0, 0.5, 0.1, 0.25
+# How often each task is drawn.
 TASK_WEIGHTS = {
     "single_doc_qa": 3.0,
     "multi_doc_qa": 3.0,
@@ -24,6 +24,7 @@ TASK_WEIGHTS = {
     "code": 1.5,
     "rag": 2.0,
 }
+ONCE = {"summarization", "few_shot"}  # two of these in one sequence would contradict each other
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _repeated_spans(rng: random.Random, length: int, vocab_size: int) -> tuple[l
             start = rng.randint(0, len(span) // 3)
             end = rng.randint(max(start + 2, 2 * len(span) // 3), len(span))
             ids += gap + span[start:end]
-            weights += [0.0] * (len(gap) + 1) + [ANSWER_WEIGHT] * (end - start - 1)
+            weights += [0.0] * (len(gap) + 1) + [REPEAT_WEIGHT] * (end - start - 1)
     return ids[:length], weights[:length]
 
 
@@ -89,10 +90,13 @@ def _packed_pages(
     length = stage.length + 1
     ids: list[int] = []
     weights: list[float] = []
+    tasks = dict(TASK_WEIGHTS)
     while length - len(ids) > 160:
         room = length - len(ids)
         tokens = rng.randint(100, 300) if rng.random() < stage.dense else room * rng.uniform(0.4, 0.9)
-        category = rng.choices(list(TASK_WEIGHTS), list(TASK_WEIGHTS.values()))[0]
+        category = rng.choices(list(tasks), list(tasks.values()))[0]
+        if category in ONCE:
+            del tasks[category]
         chars = round(min(tokens, room * 0.8) * CHARS_PER_TOKEN[category])
         page = build_page(category, World(rng, "train"), chars)
         page_ids, page_weights = _encode(rng, page, room, tokenizer)

@@ -8,6 +8,8 @@ So a few weights start as a circuit that already does; they are ordinary weights
   subspaces of their own: x = token + previous + one before + window.
 - Layers 4 to 6 match. They have no rotary positions, so distance does not matter. A query made of the last tokens and
   their window finds places whose *preceding* tokens and window are the same, and copies the token that stands there.
+- Layer 3 matches nearby: the same circuit on the slow rotary frequencies, while the fast ones favour the last 100
+  tokens. An answer begins with the words of its question, not with those of the many facts that look alike.
 """
 
 import math
@@ -19,10 +21,10 @@ from transformers import SmolLM3Config, SmolLM3ForCausalLM
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention
 
 GATHER_LAYER = 2
-MATCH_LAYERS = (4, 5, 6)
 NO_ROPE_LAYERS = (4, 5, 6, 9)
 CODE = 32  # dimensions of a token's code
 KERNELS = ((0, 1), (0, 0, 1), (1,) * 6, (1,) * 16)  # wanted attention over distance, one per gathering head
+NEAR = 100  # tokens that a nearby match looks back
 KEY_STRENGTH = 4.0
 TOKEN_NORM = 0.7  # length of a token embedding; the gathered codes get a similar length
 
@@ -63,6 +65,18 @@ SIZES = {"small": Size(width=192, head_dim=48, mlp=384), "large": Size(width=256
 
 
 @dataclass(frozen=True)
+class Match:
+    """How a layer matches at first: sharpness of its attention, length of what it copies, nearby only or anywhere."""
+
+    sharpness: float
+    copy: float
+    near: bool = False
+
+
+MATCHES = {3: Match(1.6, 0.04, near=True), 4: Match(1.6, 0.06), 5: Match(1.7, 0.06), 6: Match(2.0, 0.12)}
+
+
+@dataclass(frozen=True)
 class Frames:
     """Orthonormal directions of the residual stream: where tokens live and where gathered codes are written."""
 
@@ -99,19 +113,21 @@ def build_model(size: Size, vocab_size: int, seed: int = 0) -> SmolLM3ForCausalL
             layer.self_attn.o_proj.weight.mul_(0.1)
             layer.mlp.down_proj.weight.mul_(0.1)
         _place_gather(model, size, frames)
-        for layer in MATCH_LAYERS:
-            _place_match(model.model.layers[layer].self_attn, size, frames, generator, layer - MATCH_LAYERS[0])
+        for layer, match in MATCHES.items():
+            _place_match(model.model.layers[layer].self_attn, size, frames, generator, match)
+            if match.near:
+                _place_nearness(model, layer, size)
     return model
 
 
-def _fit_kernel(kernel: tuple[int, ...], inv_freq: Tensor) -> Tensor:
-    """The query bias whose attention to keys all equal to (KEY_STRENGTH, …, 0, …) follows `kernel`: (head_dim,).
+def _fit_kernel(kernel: tuple[int, ...], inv_freq: Tensor, head_dim: int) -> Tensor:
+    """The query bias whose attention to keys all equal to (KEY_STRENGTH, …, 0, …) follows `kernel`: (2 * frequencies,).
 
     Under rotary positions the score is linear in the query and depends on distance alone, so this is a convex fit.
     """
     distance = torch.arange(16384, dtype=torch.float64)
-    angle = distance[:, None] * inv_freq.double()  # (16384, head_dim / 2)
-    seen = KEY_STRENGTH * torch.cat([angle.cos(), -angle.sin()], 1) / math.sqrt(2 * len(inv_freq))
+    angle = distance[:, None] * inv_freq.double()  # (16384, frequencies)
+    seen = KEY_STRENGTH * torch.cat([angle.cos(), -angle.sin()], 1) / math.sqrt(head_dim)
     target = torch.zeros_like(distance)
     target[: len(kernel)] = torch.tensor(kernel, dtype=torch.float64) / sum(kernel)
     query = torch.zeros(2 * len(inv_freq), dtype=torch.float64, requires_grad=True)
@@ -131,7 +147,8 @@ def _fit_kernel(kernel: tuple[int, ...], inv_freq: Tensor) -> Tensor:
 def _place_gather(model: SmolLM3ForCausalLM, size: Size, frames: Frames) -> None:
     attention, dim = model.model.layers[GATHER_LAYER].self_attn, size.head_dim
     key = torch.cat([torch.full((dim // 2,), KEY_STRENGTH), torch.zeros(dim // 2)])
-    attention.q_proj.bias.copy_(torch.cat([_fit_kernel(kernel, model.model.rotary_emb.inv_freq) for kernel in KERNELS]))
+    inv_freq = model.model.rotary_emb.inv_freq
+    attention.q_proj.bias.copy_(torch.cat([_fit_kernel(kernel, inv_freq, dim) for kernel in KERNELS]))
     attention.k_proj.bias.copy_(key.repeat(size.num_kv_heads))
     attention.q_proj.weight.mul_(0.2)
     attention.k_proj.weight.mul_(0.2)
@@ -146,16 +163,35 @@ def _place_gather(model: SmolLM3ForCausalLM, size: Size, frames: Frames) -> None
         attention.o_proj.weight[:, head * dim : head * dim + CODE] = target.T * unit * scale
 
 
+def _near_dims(size: Size) -> list[int]:
+    """The dimensions of a head that turn fast enough to tell nearby from far: the faster two fifths."""
+    half = size.head_dim // 2
+    return [start + index for start in (0, half) for index in range(2 * half // 5)]
+
+
+def _place_nearness(model: SmolLM3ForCausalLM, layer: int, size: Size) -> None:
+    attention, dims = model.model.layers[layer].self_attn, _near_dims(size)
+    inv_freq = model.model.rotary_emb.inv_freq[: len(dims) // 2]
+    query, key = torch.zeros(size.head_dim), torch.zeros(size.head_dim)
+    query[dims] = _fit_kernel((0, *(1,) * NEAR), inv_freq, size.head_dim)
+    key[dims[: len(dims) // 2]] = KEY_STRENGTH
+    attention.q_proj.bias.copy_(query.repeat(size.num_heads))
+    attention.k_proj.bias.copy_(key.repeat(size.num_kv_heads))
+
+
 def _place_match(
-    attention: SmolLM3Attention, size: Size, frames: Frames, generator: torch.Generator, order: int
+    attention: SmolLM3Attention, size: Size, frames: Frames, generator: torch.Generator, match: Match
 ) -> None:
-    dim, sharpness, copy = size.head_dim, (1.6, 1.7, 2.0)[order], (0.06, 0.06, 0.12)[order]
-    spread = [_orthonormal(dim, dim, generator)[:, :CODE] for _ in range(3)]  # (head_dim, CODE) each
+    dim = size.head_dim
+    free = [index for index in range(dim) if not match.near or index not in _near_dims(size)]
+    spread = torch.zeros(3, dim, CODE)
+    for part in spread:
+        part[free] = _orthonormal(len(free), CODE, generator)
     last = (frames.code, frames.previous, frames.window)  # what a query knows: token, previous, window
     ahead = (frames.previous, frames.before, frames.window)  # the same three, seen from the place after
 
     def mix(parts: tuple[Tensor, Tensor, Tensor], weights: tuple[float, float, float]) -> Tensor:
-        return sharpness * torch.stack([w * s @ p for w, s, p in zip(weights, spread, parts, strict=True)]).sum(0)
+        return match.sharpness * torch.stack([w * s @ p for w, s, p in zip(weights, spread, parts, strict=True)]).sum(0)
 
     queries = [(1.4, 1.0, 0.0), (1.4, 0.7, 0.7), (0.7, 0.3, 1.0), (0.4, 0.0, 1.2)]
     keys = [(1.0, 1.0, 0.7), (0.7, 0.5, 1.0)]
@@ -166,4 +202,4 @@ def _place_match(
         read = turn[group * dim : (group + 1) * dim] @ frames.token  # (head_dim or fewer, D)
         attention.v_proj.weight[group * dim : group * dim + len(read)] = read
         for head in (2 * group, 2 * group + 1):
-            attention.o_proj.weight[:, head * dim : head * dim + len(read)] = read.T * copy
+            attention.o_proj.weight[:, head * dim : head * dim + len(read)] = read.T * match.copy

@@ -132,7 +132,7 @@ def code(world: World, chars: int) -> Page:
         use = f"    {call}\n    # {world.filler()}\n"
         parts += [signature, use]
         room -= len(signature) + len(use) + 2
-        exchanges.append((f"Complete the line that calls {name}.", call))
+        exchanges.append((f"Complete the line: result = {name}(", call))
     world.rng.shuffle(parts)
     return Page("\n".join(parts).rstrip(), _shuffled(world, exchanges))
 

@@ -1,0 +1,41 @@
+"""An engine for a model: the one place where a front learns what the model can do and gets what runs it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lazyahead.config import LazyPrefill, Lookahead
+from lazyahead.draft.build import drafter_for
+from lazyahead.engine import Engine
+from lazyahead.errors import UnsupportedModelError
+from lazyahead.hf.fingerprint import owner_of
+from lazyahead.hf.forward import Runner
+from lazyahead.hf.plain import PlainRunner
+from lazyahead.hf.probe import examine
+from lazyahead.row_cost import row_cost_of
+
+
+def engine_for(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prefill: LazyPrefill | None,
+    decode: Lookahead | None,
+    max_stall_rows: int = 512,
+) -> Engine:
+    """Raises UnsupportedModelError, naming the family and the reason, when the model cannot do what is asked."""
+    support, anatomy = examine(model)
+    name = f"{model.config.name_or_path or type(model).__name__} ({support.model_type})"
+    if support.level == "none":
+        raise UnsupportedModelError(f"{name}: {support.reason}")
+    if anatomy is None:
+        if prefill is not None or decode is not None:
+            remedy = "pass prefill=None and decode=None (--prefill off --decode off) to run it plainly"
+            raise UnsupportedModelError(f"{name} can only decode: {support.reason}; {remedy}")
+        return Engine(PlainRunner(model), None, None)
+    runner = Runner(model, anatomy)
+    drafter = drafter_for(decode, partial(owner_of, model, tokenizer))
+    row_cost = partial(row_cost_of, model, runner)
+    return Engine(runner, prefill, decode, drafter=drafter, row_cost=row_cost, max_stall_rows=max_stall_rows)

@@ -1,0 +1,135 @@
+"""Instruments put into an engine: what its passes and its drafter cost."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lazyahead.draft.budget import RowCost
+from lazyahead.draft.drafter import DraftRequest
+from lazyahead.draft.tree import Draft, Source
+from lazyahead.llm import LLM
+from lazyahead.prefill.boundary import Flight
+
+
+@dataclass
+class Meter:
+    """Counts and times since the last `reset`."""
+
+    draft_s: float = 0.0
+    """Proposing, learning and indexing the answer."""
+    index_s: float = 0.0
+    """Indexing prompts."""
+    passes: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Rows of a decoding pass -> seconds of each such pass."""
+
+    def reset(self) -> None:
+        self.draft_s = self.index_s = 0.0
+        self.passes.clear()
+
+    @property
+    def num_passes(self) -> int:
+        return sum(map(len, self.passes.values()))
+
+    @property
+    def num_rows(self) -> int:
+        return sum(rows * len(seconds) for rows, seconds in self.passes.items())
+
+    def modelled_s(self, cost: RowCost) -> float:
+        """The passes, were each to cost what `cost` says."""
+        return sum(cost.seconds(rows) * len(seconds) for rows, seconds in self.passes.items())
+
+
+def row_cost(*meters: Meter) -> RowCost | None:
+    """Median seconds by number of rows, of the passes that were counted; None where there were none."""
+    seconds: dict[int, list[float]] = defaultdict(list)
+    for meter in meters:
+        for rows, values in meter.passes.items():
+            seconds[rows] += values
+    return RowCost([(rows, median(values)) for rows, values in seconds.items()]) if seconds else None
+
+
+@contextmanager
+def metered(llm: LLM, remember: bool = True) -> Iterator[Meter]:
+    """Inside, the engine's passes and drafting are counted. Without `remember` no answer is remembered."""
+    meter, engine = Meter(), llm.engine
+    runner, drafter = engine.runner, engine.drafter
+    engine.runner, engine.drafter = _Runner(runner, meter), _Drafter(drafter, meter, remember)
+    try:
+        yield meter
+    finally:
+        engine.runner, engine.drafter = runner, drafter
+
+
+class _Runner:
+    """A runner, timed."""
+
+    def __init__(self, inner: Any, meter: Meter) -> None:
+        self._inner, self._meter = inner, meter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def run(self, flights: Sequence[Flight]) -> Tensor:
+        begin = time.perf_counter()
+        logits: Tensor = self._inner.run(flights)
+        if all(flight.reading is None for flight in flights):
+            if logits.is_cuda:
+                torch.cuda.synchronize(logits.device)
+            rows = sum(len(flight.token_ids) for flight in flights)
+            self._meter.passes[rows].append(time.perf_counter() - begin)
+        return logits
+
+
+class _Drafter:
+    """A drafter, timed."""
+
+    def __init__(self, inner: Any, meter: Meter, remember: bool) -> None:
+        self._inner, self._meter, self._remember = inner, meter, remember
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def start(self, prompt: Sequence[int] = (), namespace: str = "default") -> DraftRequest:
+        begin = time.perf_counter()
+        request = self._inner.start(prompt, namespace)
+        self._meter.index_s += time.perf_counter() - begin
+        return _Request(request, self._meter, self._remember)
+
+
+class _Request:
+    def __init__(self, inner: DraftRequest, meter: Meter, remember: bool) -> None:
+        self._inner, self._meter, self._remember = inner, meter, remember
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def extend(self, tokens: Sequence[int], source: Source = Source.OUTPUT) -> None:
+        with self._timed():
+            self._inner.extend(tokens, source)
+
+    def propose(self, max_nodes: int) -> Draft:
+        with self._timed():
+            return self._inner.propose(max_nodes)
+
+    def feedback(self, draft: Draft, tokens: Sequence[int]) -> None:
+        with self._timed():
+            self._inner.feedback(draft, tokens)
+
+    def stop(self, *, remember: bool = False) -> None:
+        with self._timed():
+            self._inner.stop(remember=remember and self._remember)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._meter.draft_s += time.perf_counter() - begin

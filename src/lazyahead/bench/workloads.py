@@ -1,0 +1,129 @@
+"""What the decoding benchmark has written: questions of the reader's world, random tokens, or the user's own prompts."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lazyahead.errors import ConfigError, RequestError
+from lazyahead.llm import LLM
+from lazyahead.reader import Sample, samples
+from lazyahead.reader.tasks import CHARS_PER_TOKEN, build_page
+from lazyahead.reader.world import World
+from lazyahead.sampling import Sampling
+from lazyahead.text import encode_turn, read_text
+
+RANDOM_TEMPERATURE = 50.0
+"""So hot that any model writes nearly random tokens: there is nothing to find, even in a loop."""
+
+
+class Workload(NamedTuple):
+    """Prompts, as token ids, and how they are answered."""
+
+    name: str
+    prompts: list[list[int]]
+    sampling: Sampling
+
+
+def workload(llm: LLM, name: str, length: int, count: int, max_new_tokens: int, seed: int) -> Workload:
+    """`count` prompts of about `length` tokens. Raises ConfigError for a name that is not in `WORKLOADS`."""
+    if name not in WORKLOADS:
+        raise ConfigError(f"no workload is called {name!r}; there are {', '.join(WORKLOADS)}")
+    sampling = Sampling(max_new_tokens=max_new_tokens, seed=seed)
+    if name == "random":
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=RANDOM_TEMPERATURE, ignore_eos=True, seed=seed)
+    if length < SHORTEST:
+        raise ConfigError(f"--length must be at least {SHORTEST}, got {length}")
+    return Workload(name, WORKLOADS[name](llm, length, count, seed), sampling)
+
+
+def stream_of_questions(llm: LLM, length: int, count: int, max_new_tokens: int, seed: int) -> Workload:
+    """Questions about one document, each for four of its facts, as users of one knowledge base ask them."""
+    chars = round((length - 40) * CHARS_PER_TOKEN["rag"])
+    world = World(random.Random(f"stream {length} {seed}"), "eval")
+    page = build_page("rag", world, chars)
+    exchanges = (page.exchanges * -(-count // len(page.exchanges)))[:count]
+    prompts = [llm.encode(page.document, question).token_ids for question, _ in exchanges]
+    return Workload("stream", prompts, Sampling(max_new_tokens=max_new_tokens, seed=seed))
+
+
+def text_workload(llm: LLM, path: Path, length: int, count: int, max_new_tokens: int) -> Workload:
+    """The model goes on with parts of a text. Raises RequestError for a text without two tokens."""
+    token_ids = list(llm.tokenizer(read_text(path), verbose=False)["input_ids"])
+    if len(token_ids) < 2:
+        raise RequestError(f"{path} has no text; give one with some lines")
+    length = min(length, len(token_ids))
+    last = len(token_ids) - length
+    starts = sorted({last * index // max(1, count - 1) for index in range(count)})
+    prompts = [token_ids[start : start + length] for start in starts]
+    return Workload("text", prompts, Sampling(max_new_tokens=max_new_tokens))
+
+
+def file_workloads(llm: LLM, path: Path, count: int, max_new_tokens: int) -> list[Workload]:
+    """JSON lines with `prompt` or Spec-Bench's `turns` (the first is asked); one workload per `category`."""
+    groups: dict[str, list[list[int]]] = {}
+    for number, values in json_lines(path):
+        turns = values.get("turns")
+        prompt = turns[0] if isinstance(turns, list) and turns else values.get("prompt")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise RequestError(f"{path}, line {number}: needs `prompt`, or `turns` with some text")
+        group = groups.setdefault(str(values.get("category", path.stem)), [])
+        if len(group) < count:
+            group.append(llm.encode(prompt).token_ids)
+    return [Workload(name, group, Sampling(max_new_tokens=max_new_tokens)) for name, group in groups.items()]
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSONL file with their line numbers. Raises RequestError naming a line that is none."""
+    num_found = 0
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise RequestError(f"{path}, line {number} is not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise RequestError(f"{path}, line {number} is not a JSON object")
+        num_found += 1
+        yield number, values
+    if not num_found:
+        raise RequestError(f"{path} is empty; write one JSON object a line")
+
+
+def _questions(category: str) -> Callable[[LLM, int, int, int], list[list[int]]]:
+    def build(llm: LLM, length: int, count: int, seed: int) -> list[list[int]]:
+        return [_encode(llm, sample) for sample in samples(category, length, seed, count)]
+
+    return build
+
+
+def _encode(llm: LLM, sample: Sample) -> list[int]:
+    if not sample.history:
+        return llm.encode(sample.document, sample.question).token_ids
+    (first, answer), *_ = sample.history
+    messages = [
+        {"role": "user", "content": f"{sample.document}\n\n{first}"},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": sample.question},
+    ]
+    return encode_turn(llm.tokenizer, messages).token_ids
+
+
+def _random(llm: LLM, length: int, count: int, seed: int) -> list[list[int]]:
+    rng, vocabulary = random.Random(f"random {length} {seed}"), llm.model.config.get_text_config().vocab_size
+    return [[rng.randrange(vocabulary) for _ in range(length)] for _ in range(count)]
+
+
+SHORTEST = 256
+WORKLOADS: dict[str, Callable[[LLM, int, int, int], list[list[int]]]] = {
+    "rag": _questions("rag"),
+    "qa": _questions("qa"),
+    "code": _questions("code"),
+    "chat": _questions("chat"),
+    "random": _random,
+}
+"""What `--workload` takes."""

@@ -1,0 +1,158 @@
+"""The rows of one pass: which are in flight, and the tables (one row per token) that layers are handed for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lazyahead.hf.anatomy import Anatomy, Plan, Table
+from lazyahead.hf.attention import Heads
+from lazyahead.hf.cache import Growing
+
+
+class Flight(Protocol):
+    """The rows of one request during one pass. They change at boundaries."""
+
+    token_ids: Sequence[int]
+    """Tokens that enter at layer 0 in this pass."""
+    last: int
+    """Highest position of a row in this pass."""
+    speaks: Sequence[int]
+    """Which of them give logits, as offsets into `token_ids`."""
+    tables: list[Growing] | None
+    """The model's tables by position, kept for rows that may come back; None: never needed."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in flight now."""
+
+    @property
+    def positions(self) -> Tensor:
+        """(T,) of the rows in flight now."""
+
+    @property
+    def entered(self) -> Tensor:
+        """(T,) each row's offset into `token_ids`; -1 for a revived row."""
+
+    @property
+    def entering_positions(self) -> Tensor:
+        """(T0,) of `token_ids`."""
+
+    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, heads: Heads) -> Tensor:
+        """Caches the rows' keys and values, answers (1, H, T, D_v)."""
+
+    def cross(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """At the entry to `layer`: the rows (T, d) that go on, or None when nothing changes."""
+
+
+class Pass:
+    """What the hooks share during one forward."""
+
+    def __init__(self, flights: Sequence[Flight], anatomy: Anatomy) -> None:
+        self.flights, self.anatomy = flights, anatomy
+        self.num_entered = sum(len(flight.token_ids) for flight in flights)
+        self.keeps_tables = any(flight.tables is not None for flight in flights)
+        self.layer = -1
+        self._num_changes = 0  # boundaries that changed rows
+        self._tables: dict[int, Tensor] = {}  # by key, one row per token that entered
+        self._gathered: dict[int, tuple[int, Tensor]] = {}  # by key: as of which change, rows in flight
+
+    @property
+    def has_changed(self) -> bool:
+        """The rows in flight are no longer those that entered."""
+        return self._num_changes > 0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in flight now."""
+        return sum(flight.num_rows for flight in self.flights)
+
+    @property
+    def is_empty(self) -> bool:
+        """Every row was deferred. One row then flies on unheeded until all tables have been seen."""
+        return self.has_changed and not self.num_rows
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing is left to do for the layers that follow."""
+        return self.is_empty and len(self._tables) == self.anatomy.num_tables
+
+    def cross(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """All flights at one boundary: (1, T, d) -> (1, T', d), or None when nothing changes."""
+        if self.is_empty:
+            return None
+        parts, changed, start = [], False, 0
+        for flight in self.flights:
+            before = hidden[0, start : start + flight.num_rows]
+            start += flight.num_rows
+            after = flight.cross(layer, before)
+            changed |= after is not None
+            parts.append(before if after is None else after)
+        if not changed:
+            return None
+        self._num_changes += 1
+        if not self.num_rows:
+            return hidden[:, :1]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return rows[None]
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        """Rows (1, T, d) in flight at the end -> (1, T0, d) rows that entered, zeros where one was deferred."""
+        restored = hidden.new_zeros(1, self.num_entered, hidden.shape[-1])
+        offset = start = 0
+        for flight in self.flights:
+            entered = flight.entered
+            stayed = (entered >= 0).nonzero()[:, 0]
+            restored[0, entered[stayed] + offset] = hidden[0, stayed + start]
+            offset += len(flight.token_ids)
+            start += flight.num_rows
+        return restored
+
+    def for_rows(self, plan: Plan, value: Any) -> Any:
+        """A layer's argument, made for the rows in flight."""
+        if plan is None or value is None:
+            return value
+        if isinstance(plan, tuple):
+            return type(value)(self.for_rows(part, inner) for part, inner in zip(plan, value, strict=True))
+        if plan.key not in self._tables:
+            self._tables[plan.key] = value.movedim(plan.dim, 0)
+            self._remember(plan.key)
+        if not self.has_changed:
+            return value
+        if self.is_empty:
+            return value.narrow(plan.dim, 0, 1)
+        return self._gather(plan)
+
+    def _remember(self, key: int) -> None:
+        """Keeps the rows of flights that may bring tokens back. Drafts at one position overwrite each other, and
+        are overwritten by what comes to stand there: only tokens of a prompt ever come back."""
+        table, offset = self._tables[key], 0
+        for flight in self.flights:
+            num = len(flight.token_ids)
+            if flight.tables is not None and num:
+                while len(flight.tables) <= key:
+                    flight.tables.append(Growing())
+                flight.tables[key].scatter(flight.entering_positions, table[offset : offset + num], flight.last + 1)
+            offset += num
+
+    def _gather(self, plan: Table) -> Tensor:
+        """Rows that entered have theirs in this pass's table, revived ones by position in the flight's own."""
+        version, gathered = self._gathered.get(plan.key, (0, None))
+        if gathered is not None and version == self._num_changes:
+            return gathered
+        table, parts, offset = self._tables[plan.key], [], 0
+        for flight in self.flights:
+            entered = flight.entered
+            rows = table[entered.clamp(min=0) + offset]
+            if flight.tables is not None:
+                kept = flight.tables[plan.key].rows
+                revived = (entered < 0).view(-1, *[1] * (rows.ndim - 1))
+                rows = torch.where(revived, kept[flight.positions.clamp(max=len(kept) - 1)], rows)
+            parts.append(rows)
+            offset += len(flight.token_ids)
+        gathered = (parts[0] if len(parts) == 1 else torch.cat(parts)).movedim(0, plan.dim)
+        self._gathered[plan.key] = (self._num_changes, gathered)
+        return gathered
