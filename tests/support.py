@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -255,10 +256,10 @@ class ByHand:
     """
 
     def __init__(self, family: str) -> None:
+        self.family = family
         self.model, anatomy = tiny(family)
-        self.layers, self.windows = anatomy.layers, [
-            getattr(getattr(layer, "self_attn", None), "sliding_window", None) for layer in anatomy.layers
-        ]
+        self.layers = anatomy.layers
+        self.windows = [getattr(layer.self_attn, "sliding_window", None) for layer in anatomy.layers]
         self.states: list[dict[int, Tensor]] = [{} for _ in range(len(self.layers) + 1)]
         self.keys: list[dict[int, Tensor]] = [{} for _ in self.layers]
         self.values: list[dict[int, Tensor]] = [{} for _ in self.layers]
@@ -269,7 +270,7 @@ class ByHand:
         """After each pass: computes what the session computed in it, and compares."""
         fresh = range(len(self.states[0]), len(session))
         if fresh:
-            rows, _ = self._enter(session.token_ids[fresh.start :], fresh.start)
+            rows = self._enter(session.token_ids[fresh.start :])
             self.states[0].update(zip(fresh, rows, strict=True))
         for layer in range(len(self.layers)):
             self._layer(session, layer)
@@ -310,7 +311,7 @@ class ByHand:
 
     def _call(self, layer: int, hidden: Tensor, places: Tensor, bias: Tensor, recorder: Recorder) -> Tensor:
         module, config = self.layers[layer], self.model.config
-        tables = self._enter([2], 0)[1][layer]
+        tables = self._kwargs[layer].get("position_embeddings")
         before, config._attn_implementation = config._attn_implementation, "eager"
         try:
             out = module(
@@ -324,25 +325,40 @@ class ByHand:
             config._attn_implementation = before
         return (out[0] if isinstance(out, tuple) else out).view(len(places), -1)
 
-    def _enter(self, token_ids: Sequence[int], start: int) -> tuple[Tensor, list[Any]]:
-        return _entry(self.model, self.layers, tuple(token_ids), start)
+    @property
+    def _kwargs(self) -> list[dict[str, Any]]:
+        return _tables(self.family)
+
+    def _enter(self, token_ids: Sequence[int]) -> Tensor:
+        """States (T, d) at the entry to layer 0; places are no part of them in these families."""
+        return _entries(self.family, [list(token_ids)])[0][0][0]
 
 
-def _entry(
-    model: PreTrainedModel, layers: Sequence[nn.Module], token_ids: tuple[int, ...], start: int
-) -> tuple[Tensor, list[Any]]:
-    """States (T, d) at the entry to layer 0, and each layer's position tables for positions 0 to 255."""
-    found: list[Any] = []
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, kwargs: found.append((args, kwargs)), with_kwargs=True)
-        for layer in layers
-    ]
+class _Seen(Exception):
+    """Enough was seen of a forward."""
+
+
+def _entries(family: str, ids: list[list[int]], num_layers: int = 1) -> list[tuple[Tensor, dict[str, Any]]]:
+    """What the first layers of the model are called with."""
+    model, anatomy = tiny(family)
+    found: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args[0] if args else kwargs["hidden_states"], kwargs))
+        if len(found) == num_layers:
+            raise _Seen
+
+    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in anatomy.layers]
     try:
-        ids = torch.tensor([[*token_ids, *[2] * (256 - len(token_ids))]])
-        model(input_ids=ids, position_ids=torch.arange(256)[None], use_cache=False)
+        with suppress(_Seen), torch.no_grad():
+            model(input_ids=torch.tensor(ids), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    assert start == 0 or found[0][1].get("position_embeddings") is not None  # places are not part of the state
-    hidden = found[0][0][0] if found[0][0] else found[0][1]["hidden_states"]
-    return hidden[0, : len(token_ids)], [kwargs.get("position_embeddings") for _, kwargs in found]
+    return found
+
+
+@cache
+def _tables(family: str) -> list[dict[str, Any]]:
+    """Each layer's position tables, for positions 0 to 255."""
+    return [kwargs for _, kwargs in _entries(family, [[2] * 256], len(tiny(family)[1].layers))]

@@ -174,9 +174,9 @@ class Engine:
         if self.decode is None:
             return
         for request in writing:
-            room = request.max_new_tokens - len(request.answer) - 1
-            is_open = request.drafts is not None and room > 0
-            request.proposed = request.drafts.propose(self.decode.decoding_length) if is_open else Draft.EMPTY
+            request.proposed = Draft.EMPTY
+            if request.drafts is not None and request.max_new_tokens - len(request.answer) > 1:
+                request.proposed = request.drafts.propose(self.decode.decoding_length)
             request.draft = request.proposed
         judged = [request for request in writing if request.proposed.probs]
         if judged and self._measure_rows is not None:

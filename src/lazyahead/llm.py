@@ -119,12 +119,12 @@ class LLM:
 
     @overload
     def generate(
-        self, prompts: list[Text], question: str | None = None, *, sampling: Sampling = ..., session: None = None
+        self, prompts: list[str] | list[list[int]], question: str | None = None, *, sampling: Sampling = ..., session: None = None
     ) -> list[Completion]: ...
 
     def generate(
         self,
-        prompts: str | list[Text],
+        prompts: str | list[str] | list[list[int]],
         question: str | None = None,
         *,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)

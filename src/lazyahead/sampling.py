@@ -60,7 +60,7 @@ class Sampling:
             raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
         if not (isfinite(self.repetition_penalty) and 0 < self.repetition_penalty <= 10):
             raise ConfigError(f"repetition_penalty must be above 0 and at most 10, got {self.repetition_penalty!r}")
-        if isinstance(self.stop, str) or not all(isinstance(stop, str) and stop for stop in self.stop):
+        if not isinstance(self.stop, tuple) or not all(isinstance(stop, str) and stop for stop in self.stop):
             raise ConfigError(f"stop must be a tuple of texts that are not empty, got {self.stop!r}")
         if self.seed is not None and not 0 <= self.seed < 1 << 63:
             raise ConfigError(f"seed must be between 0 and 2**63 - 1, got {self.seed!r}")

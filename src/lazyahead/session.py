@@ -49,8 +49,8 @@ class Session:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        parts = (*self.kv, *self.stashes.values(), *self.tables)
-        return sum(part.nbytes for part in parts)
+        held: list[LayerKV | Stash | Growing] = [*self.kv, *self.stashes.values(), *self.tables]
+        return sum(part.nbytes for part in held)
 
     @property
     def history(self) -> list[int]:

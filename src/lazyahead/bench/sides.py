@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
 from lazyahead.bench.baseline import run_baseline
-from lazyahead.request import Request
 from lazyahead.hf.processors import picker_for
 from lazyahead.llm import LLM
+from lazyahead.request import Request
 from lazyahead.sampling import Sampling
 
 LOOKUP_TOKENS = 10
@@ -59,7 +59,7 @@ def plain_transformers(llm: LLM, sampling: Sampling) -> Side:
 
 def prompt_lookup(llm: LLM, sampling: Sampling) -> Side:
     """transformers `generate` with its own drafting."""
-    options = {
+    options: dict[str, Any] = {
         "prompt_lookup_num_tokens": LOOKUP_TOKENS,
         "max_new_tokens": sampling.max_new_tokens,
         "min_new_tokens": sampling.max_new_tokens if sampling.ignore_eos else None,

@@ -1,13 +1,13 @@
-"""What the decoding benchmark has written: questions of the reader's world, random tokens, or the user's own prompts."""
+"""Prompts of the decoding benchmark: questions of the reader's world, random tokens, or the user's own."""
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from lazyahead.draft.sources import json_lines
 from lazyahead.errors import ConfigError, RequestError
 from lazyahead.llm import LLM
 from lazyahead.reader import Sample, samples
@@ -74,24 +74,6 @@ def file_workloads(llm: LLM, path: Path, count: int, max_new_tokens: int) -> lis
         if len(group) < count:
             group.append(llm.encode(prompt).token_ids)
     return [Workload(name, group, Sampling(max_new_tokens=max_new_tokens)) for name, group in groups.items()]
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSONL file with their line numbers. Raises RequestError naming a line that is none."""
-    num_found = 0
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise RequestError(f"{path}, line {number} is not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise RequestError(f"{path}, line {number} is not a JSON object")
-        num_found += 1
-        yield number, values
-    if not num_found:
-        raise RequestError(f"{path} is empty; write one JSON object a line")
 
 
 def _questions(category: str) -> Callable[[LLM, int, int, int], list[list[int]]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from time import perf_counter
+from time import thread_time
 
 from lazyahead.draft.budget import RowCost, choose
 from lazyahead.draft.drafter import Drafter, DraftRequest
@@ -15,7 +15,7 @@ FREE_ROWS = RowCost([(1, 1.0)])
 
 @dataclass(frozen=True)
 class Replay:
-    """What a drafter did with recorded texts. Seconds are measured, modelled ones follow from the row costs."""
+    """What a drafter did with recorded texts. Seconds are of this thread's CPU, modelled ones follow from the row costs."""
 
     num_tokens: int
     num_steps: int
@@ -68,16 +68,16 @@ def replay(
     num_tokens = num_steps = num_drafted = num_accepted = prompt_tokens = 0
     prompt_s = draft_s = modelled_s = 0.0
     for prompt, answer in texts:
-        begin = perf_counter()
+        begin = thread_time()
         request = drafter.start(prompt)
-        prompt_s += perf_counter() - begin
+        prompt_s += thread_time() - begin
         prompt_tokens += len(prompt)
         request.extend(answer[:1], Source.OUTPUT)
         done = 1
         while done < len(answer):
-            begin = perf_counter()
+            begin = thread_time()
             verified, step = _step(request, answer, done, cost, max_nodes)
-            draft_s += perf_counter() - begin
+            draft_s += thread_time() - begin
             done += len(step.tokens)
             num_tokens += len(step.tokens)
             num_steps += 1

@@ -111,7 +111,7 @@ class Namespace:
 _PATIENCE = 8  # misses in a row before lookups are skipped
 _MAX_SKIP = 7  # lookups skipped at most before one is tried
 _HEADROOM = 2048  # tokens of answer that the prompt's index has room for
-_NUM_LEAD = 16  # prompt tokens that are remembered in front of an answer, so that its first tokens are found
+NUM_LEAD = 16  # prompt tokens that are remembered in front of an answer, so that its first tokens are found
 _USED_MATCH_LEN = 4  # a shorter match in a remembered text does not count as a use of it
 
 
@@ -145,9 +145,9 @@ class TrieRequest:
         self.own.extend(tokens)
         query_length = self.own.query_length
         self._recent = [*self._recent, *tokens[-query_length:]][-query_length:]
-        self._answer.extend(tokens if source is Source.OUTPUT else tokens[-_NUM_LEAD:])
+        self._answer.extend(tokens if source is Source.OUTPUT else tokens[-NUM_LEAD:])
         if source is Source.PROMPT:
-            del self._answer[:-_NUM_LEAD]
+            del self._answer[:-NUM_LEAD]
 
     def propose(self, max_nodes: int) -> Draft:
         self._looked_up = self._num_skips == 0

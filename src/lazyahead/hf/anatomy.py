@@ -207,7 +207,8 @@ def _reach(rule: Any, far: int, device: torch.device, layer: int) -> tuple[int |
     """(window, chunk) of a mask rule, proved on a grid of positions up to `far`."""
 
     def first_seen(query: int) -> int:
-        return int(rule(0, 0, torch.tensor(query, device=device), torch.arange(query + 1, device=device)).int().argmax())
+        seen = rule(0, 0, torch.tensor(query, device=device), torch.arange(query + 1, device=device))
+        return int(seen.int().argmax())
 
     window = chunk = None
     first = first_seen(far)
@@ -237,17 +238,17 @@ def _plans(short: Entry, long: Entry, tables: dict[tuple[int, int, int], Table])
     hidden = short.args[0] if short.args else short.kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[0] != 1:
         raise Unfit("its layers do not take hidden states of shape (1, tokens, size)")
-    pairs: list[tuple[int | str, Any, Any]] = [
-        (place, value, long.args[place]) for place, value in enumerate(short.args) if place
-    ]
-    pairs += [(name, value, long.kwargs[name]) for name, value in short.kwargs.items() if name != "hidden_states"]
-    plans = {name: _plan(name, *values, tables) for name, *values in pairs}
+    both: dict[int | str, tuple[Any, Any]] = {
+        place: (short.args[place], long.args[place]) for place in range(1, len(short.args))
+    }
+    both |= {name: (value, long.kwargs[name]) for name, value in short.kwargs.items() if name != "hidden_states"}
+    plans = {name: _plan(name, *values, tables) for name, values in both.items()}
     return {name: plan for name, plan in plans.items() if plan is not None}
 
 
 def _plan(name: int | str, short: Any, long: Any, tables: dict[tuple[int, int, int], Table]) -> Plan:
     if isinstance(short, tuple | list):
-        parts = tuple(_plan(name, *pair, tables) for pair in zip(short, long, strict=True))
+        parts = tuple(_plan(name, one, other, tables) for one, other in zip(short, long, strict=True))
         return parts if any(part is not None for part in parts) else None
     if not isinstance(short, Tensor) or short.shape == long.shape:
         return None

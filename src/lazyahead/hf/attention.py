@@ -43,6 +43,8 @@ class Rows(NamedTuple):
     """Highest position, known without asking the device."""
     ancestors: Tensor | None = None
     """(M, M) for the last M rows, which are drafts: [i, j] says that j is i or comes before it."""
+    masks: dict[Heads, Tensor] | None = None
+    """Masks that layers with the same rows and keys share."""
 
 
 def attend(query: Tensor, kv: LayerKV, rows: Rows, heads: Heads) -> Tensor:
@@ -80,6 +82,16 @@ def _sees_everything(rows: Rows, heads: Heads) -> bool:
     return heads.chunk is None or rows.last < heads.chunk
 
 
+def _shared_mask(rows: Rows, part: slice, key_positions: Tensor, heads: Heads) -> Tensor:
+    """`_mask`, remembered for the next layer where all rows fit in one block."""
+    if rows.masks is None or part.start or rows.positions.numel() > _BLOCK:
+        return _mask(rows, part, key_positions, heads)
+    kind = heads._replace(scaling=0.0, softcap=None, sinks=None)
+    if kind not in rows.masks:
+        rows.masks[kind] = _mask(rows, part, key_positions, heads)
+    return rows.masks[kind]
+
+
 def _mask(rows: Rows, part: slice, key_positions: Tensor, heads: Heads) -> Tensor:
     """(T, N) what the rows of `part` see of the keys."""
     queries = rows.positions[part, None]
@@ -101,7 +113,7 @@ def _attend_block(query: Tensor, start: int, kv: LayerKV, rows: Rows, heads: Hea
     num_rows, total = query.shape[2], rows.positions.numel()
     seen = len(kv) - total + start + num_rows if rows.ancestors is None else len(kv)  # later rows are later keys
     keys, values = kv.keys[:, :, :seen], kv.values[:, :, :seen]
-    mask = _mask(rows, slice(start, start + num_rows), kv.positions[:seen], heads)
+    mask = _shared_mask(rows, slice(start, start + num_rows), kv.positions[:seen], heads)
     if heads.softcap is not None or heads.sinks is not None:
         weights = _weights(query, keys, mask, heads).to(values.dtype)
         return (weights @ values).view(1, query.shape[1], num_rows, -1)

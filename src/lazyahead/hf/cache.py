@@ -1,12 +1,13 @@
-"""Keys and values of one request at one layer, each with its position, in a buffer that grows by half."""
+"""Keys and values of one request at one layer, each with its position, in a buffer that grows ahead of need."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 _SLACK = 256
 """Free slots behind a prompt, so that a short answer never moves it."""
+_STEP = 4096
+"""Buffers double up to this much at a time: beyond it, doubling a long prompt would waste more than copying costs."""
 
 
 class Growing:
@@ -70,7 +71,7 @@ class Growing:
     def _grow(self, need: int, like: Tensor) -> None:
         old = 0 if self._buffer is None else self._buffer.shape[self.dim]
         shape = list(like.shape)
-        shape[self.dim] = max(need + _SLACK, old + old // 2)
+        shape[self.dim] = max(need + _SLACK, old + min(old, _STEP))
         buffer = like.new_empty(shape)
         if self._buffer is not None:
             buffer.narrow(self.dim, 0, self._len).copy_(self.rows)

@@ -26,7 +26,7 @@ ATTENTION = "lazyahead"
 """The name under which the attention function is registered."""
 
 
-class _AllDeferred(Exception):
+class _AllDeferred(Exception):  # noqa: N818 (a way out, no error)
     """No rows are left in flight: the rest of the model has nothing to do."""
 
 

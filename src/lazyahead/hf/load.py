@@ -24,9 +24,7 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrain
     target = _device(device)
     _check_folder(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
-        )
+        model = _weights(name, dtype)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         return model.eval().to(target), tokenizer
     except torch.OutOfMemoryError as error:
@@ -36,6 +34,19 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrain
         raise ModelNotFoundError(f"cannot load model {name!r}: {reason}") from None
     except (ValueError, KeyError, ImportError) as error:
         raise UnsupportedModelError(f"cannot load model {name!r}: {_first_line(error)}") from None
+
+
+def _weights(name: str, dtype: str, attention: str = "sdpa") -> PreTrainedModel:
+    """The model with `attention`, or eager where the family refuses it; never what its config asks for, which may be
+    code from elsewhere."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation=attention
+        )
+    except ValueError as error:
+        if attention == "eager" or "scaled_dot_product_attention" not in str(error):
+            raise
+        return _weights(name, dtype, "eager")
 
 
 def max_context(model: PreTrainedModel) -> int:

@@ -17,7 +17,7 @@ _NAME = "lazyahead_look"
 """The name under which the notes are taken."""
 
 
-class Unfit(Exception):
+class Unfit(Exception):  # noqa: N818 (a verdict)
     """Why tokens of a model cannot be deferred, as half a sentence. Stays inside `hf`."""
 
 

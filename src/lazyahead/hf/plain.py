@@ -19,8 +19,11 @@ _CACHES = ("past_key_values", "cache_params", "state")
 
 
 class _Flight(Protocol):
-    token_ids: Sequence[int]
-    entering_positions: Tensor
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+
+    @property
+    def entering_positions(self) -> Tensor: ...
 
     @property
     def session(self) -> Any: ...

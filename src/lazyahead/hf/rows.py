@@ -16,14 +16,21 @@ from lazyahead.hf.cache import Growing
 class Flight(Protocol):
     """The rows of one request during one pass. They change at boundaries."""
 
-    token_ids: Sequence[int]
-    """Tokens that enter at layer 0 in this pass."""
-    last: int
-    """Highest position of a row in this pass."""
-    speaks: Sequence[int]
-    """Which of them give logits, as offsets into `token_ids`."""
-    tables: list[Growing] | None
-    """The model's tables by position, kept for rows that may come back; None: never needed."""
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """Tokens that enter at layer 0 in this pass."""
+
+    @property
+    def last(self) -> int:
+        """Highest position of a row in this pass."""
+
+    @property
+    def speaks(self) -> Sequence[int]:
+        """Which of them give logits, as offsets into `token_ids`."""
+
+    @property
+    def tables(self) -> list[Growing] | None:
+        """The model's tables by position, kept for rows that may come back; None: never needed."""
 
     @property
     def num_rows(self) -> int:

@@ -76,6 +76,7 @@ class Flight:
         self._is_blank = resumes  # one row that only keeps the place of the last token until the stage is reached
         self.has_last = reading is None or (not resumes and self.last == reading.end - 1)
         self._num_revived = 0
+        self._masks: dict[Heads, Tensor] = {}  # of the layers up to the next boundary, whose keys are the same
         self._scores: Tensor | None = None
         prunes = reading is not None and reading.prunes
         self._selective = config is not None and (prunes or (session.num_stashed > 0 and config.revive != "never"))
@@ -110,7 +111,7 @@ class Flight:
             return query.new_zeros(1, query.shape[1], query.shape[2], values.shape[-1])
         kv = self.session.kv[layer]
         kv.append(keys, values, self.positions)
-        rows = Rows(self.positions, self.last, self._ancestors if self.num_drafts else None)
+        rows = Rows(self.positions, self.last, self._ancestors if self.num_drafts else None, self._masks)
         if self._asks_at(layer + 1):
             num_queries = min(self._num_queries, self.num_rows)
             self._scores = self._score(attention_of(query[:, :, -num_queries:], kv, rows, heads), kv.positions)
@@ -119,12 +120,16 @@ class Flight:
     def cross(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Rows (T, d) at the entry to `layer` -> the rows that go on, by position; None when nothing changes."""
         boundary = self.session.boundaries.get(layer)
+        if boundary is not None:
+            self._masks = {}
         if boundary is None or not self._selective or self.config is None:
             return None
         stash = self.session.stashes[layer]
         if self.reading is not None and self.reading.stage == layer:
             return self._carry_on(stash, self.reading)
         if self._is_blank or not self.num_rows or (self.reading is None and not self._asks_at(layer)):
+            return None
+        if self._nobody_asks(stash):
             return None
         positions, row_slots = self._below(layer)
         if not self.has_last:
@@ -151,6 +156,13 @@ class Flight:
         if self.reading is not None:
             return self.config is not None and self.config.scorer.queries > 0
         return len(self.session.stashes[layer]) > 0 or self._num_revived > 0
+
+    def _nobody_asks(self, stash: Stash) -> bool:
+        """The common case of a decoding step, seen at one glance: no row pays any stashed token enough."""
+        if self.reading is not None or self._num_revived or self.config is None or self.config.revive != "demand":
+            return False
+        assert self._scores is not None
+        return not bool(((self._scores[:, stash.slots] > self.config.revive_threshold) & stash.is_live).any())
 
     def _score(self, attention: Tensor, positions: Tensor) -> Tensor:
         """Attention (H, Q, N) -> scores: (1, N) for a prompt; in decoding eq. 1 for the root and each draft, (Q, N)."""

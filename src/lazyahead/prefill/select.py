@@ -1,4 +1,8 @@
-"""Which tokens go on: two rules over scores. Tensors in, masks out; no model, no state."""
+"""Which tokens go on: two rules over scores. Tensors in, masks out; no model, no state.
+
+Equal scores are common (pooling, windows, underflow) and go by slot, so that the choice does not depend on which
+other rows share the pass.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,7 @@ def best(scores: Tensor, pool: Tensor, protected: Tensor, count: int) -> Tensor:
     """
     sure = pool & protected
     count = min(max(count, int(sure.sum())), int(pool.sum()))
-    ranked = scores.masked_fill(sure, torch.inf).masked_fill(~pool, -torch.inf)
-    chosen = torch.zeros_like(pool)
-    chosen[ranked.topk(count).indices] = True
-    return chosen
+    return _first(scores.masked_fill(sure, torch.inf).masked_fill(~pool, -torch.inf), count)
 
 
 def demanded(scores: Tensor, waiting: Tensor, threshold: float, limit: int) -> Tensor:
@@ -24,6 +25,10 @@ def demanded(scores: Tensor, waiting: Tensor, threshold: float, limit: int) -> T
     hits = waiting & (scores > threshold)
     if int(hits.sum()) <= limit:
         return hits
-    chosen = torch.zeros_like(hits)
-    chosen[scores.masked_fill(~hits, -torch.inf).topk(limit).indices] = True
+    return _first(scores.masked_fill(~hits, -torch.inf), limit)
+
+
+def _first(ranked: Tensor, count: int) -> Tensor:
+    chosen = torch.zeros_like(ranked, dtype=torch.bool)
+    chosen[ranked.sort(descending=True, stable=True).indices[:count]] = True
     return chosen

@@ -35,6 +35,11 @@ class Stash:
         return self._live.rows.nonzero()[:, 0]
 
     @property
+    def is_live(self) -> Tensor:
+        """(E,) of all entries, which ones wait."""
+        return self._live.rows
+
+    @property
     def hidden(self) -> Tensor:
         return self._hidden.rows
 

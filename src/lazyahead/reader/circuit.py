@@ -4,8 +4,8 @@ From random weights a model of this size needs far more text than a CPU can read
 So a few weights start as a circuit that already does; they are ordinary weights and are trained on like all others.
 
 - Layer 2 gathers. By position alone (biases of q and k under rotary positions) its four heads attend to the previous
-  token, to the one before it, and to windows of the last 6 and 16 tokens, and write short codes of what they see into
-  subspaces of their own: x = token + previous + one before + window.
+  token, to the one before it, and to windows of the last 8 and 20 tokens, and write short codes of what they see into
+  subspaces of their own: x = token + previous + one before + window. Frequent tokens count little in a window.
 - Layers 4 to 6 match. They have no rotary positions, so distance does not matter. A query made of the last tokens and
   their window finds places whose *preceding* tokens and window are the same, and copies the token that stands there.
 - Layer 3 matches nearby: the same circuit on the slow rotary frequencies, while the fast ones favour the last 100
@@ -16,16 +16,26 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention
 
+from lazyahead.reader.vocabulary import Vocabulary
+
 GATHER_LAYER = 2
 NO_ROPE_LAYERS = (4, 5, 6, 9)
 CODE = 32  # dimensions of a token's code
-KERNELS = ((0, 1), (0, 0, 1), (1,) * 6, (1,) * 16)  # wanted attention over distance, one per gathering head
-NEAR = 100  # tokens that a nearby match looks back
+# Wanted attention over distance, one row per gathering head.
+KERNELS = ((0.0, 1.0), (0.0, 0.0, 1.0), (1.0,) * 8, (1.0,) * 20)
+NEAR = (0.0, *(math.exp(-distance / 40) for distance in range(150)))  # the same for nearby matches
 KEY_STRENGTH = 4.0
+# What the heads look for: weights of the token, the previous one and the window. All ask for the token: a window alone
+# matches best with itself.
+QUERIES = ((1.6, 1.0, 0.5), (1.6, 0.5, 0.8), (1.6, 0.3, 1.0), (1.6, 0.0, 1.2))
+KEYS = ((1.0, 1.0, 0.7), (1.0, 0.5, 1.0))
+SHARED = 0.6  # how much tokens have in common that differ only in case or a leading space
+RARE = 0.002  # tokens more frequent than this are less of a topic
 TOKEN_NORM = 0.7  # length of a token embedding; the gathered codes get a similar length
 
 
@@ -61,7 +71,7 @@ class Size:
         )
 
 
-SIZES = {"small": Size(width=192, head_dim=48, mlp=384), "large": Size(width=256, head_dim=64, mlp=512)}
+SIZES = {"small": Size(width=192, head_dim=48, mlp=256), "large": Size(width=256, head_dim=64, mlp=512)}
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,8 @@ class Frames:
     """Orthonormal directions of the residual stream: where tokens live and where gathered codes are written."""
 
     token: Tensor  # (T, D), rows
-    code: Tensor  # (CODE, D), rows inside the token space: reads a token's code
+    code: Tensor  # (CODE, D), rows inside the token space: which token it is
+    topic: Tensor  # (CODE, D), likewise: what the token is about; short for frequent tokens
     previous: Tensor  # (CODE, D)
     before: Tensor  # (CODE, D): the token before the previous one
     window: Tensor  # (CODE, D)
@@ -94,20 +105,19 @@ def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return square[:rows, :columns]
 
 
-def build_model(size: Size, vocab_size: int, seed: int = 0) -> SmolLM3ForCausalLM:
+def build_model(size: Size, vocabulary: Vocabulary, seed: int = 0) -> SmolLM3ForCausalLM:
     """A fresh reader in fp32 with the circuit in place; the same seed gives the same weights."""
     torch.manual_seed(seed)
-    model = SmolLM3ForCausalLM(size.config(vocab_size))
+    model = SmolLM3ForCausalLM(size.config(len(vocabulary.stems)))
     generator = torch.Generator().manual_seed(seed)
     basis = _orthonormal(size.width, size.width, generator)
     num_token = size.width - 3 * CODE
     token = basis[:num_token]
     previous, before, window = basis[num_token:].view(3, CODE, -1)
-    code = _orthonormal(num_token, num_token, generator)[:CODE] @ token
-    frames = Frames(token, code, previous, before, window)
+    frames = Frames(token, token[:CODE], token[CODE : 2 * CODE], previous, before, window)
     with torch.no_grad():
-        embeddings = torch.randn(vocab_size, num_token, generator=generator) @ token  # (V, D)
-        model.model.embed_tokens.weight.copy_(TOKEN_NORM / math.sqrt(num_token) * embeddings)
+        embeddings = _token_vectors(vocabulary, num_token, generator) @ token  # (V, D)
+        model.model.embed_tokens.weight.copy_(TOKEN_NORM * embeddings)
         model.model.norm.weight.fill_(1.2)
         for layer in model.model.layers:  # everything that is not the circuit starts almost silent
             layer.self_attn.o_proj.weight.mul_(0.1)
@@ -120,7 +130,20 @@ def build_model(size: Size, vocab_size: int, seed: int = 0) -> SmolLM3ForCausalL
     return model
 
 
-def _fit_kernel(kernel: tuple[int, ...], inv_freq: Tensor, head_dim: int) -> Tensor:
+def _token_vectors(vocabulary: Vocabulary, dim: int, generator: torch.Generator) -> Tensor:
+    """Unit vectors inside the token space, (V, dim): a code, a topic, and the rest.
+
+    Tokens of one stem ("The", " the") share most of code and topic; the topic of a frequent token is short.
+    """
+    own = torch.randn(len(vocabulary.stems), dim, generator=generator)
+    shared = torch.randn(len(vocabulary.stems), dim, generator=generator)[vocabulary.stems]
+    vectors = math.sqrt(SHARED) * shared + math.sqrt(1 - SHARED) * own
+    vectors[:, 2 * CODE :] = own[:, 2 * CODE :]
+    vectors[:, CODE : 2 * CODE] *= (RARE / vocabulary.frequencies).sqrt().clamp(max=1.0)[:, None]
+    return F.normalize(vectors, dim=1)
+
+
+def _fit_kernel(kernel: tuple[float, ...], inv_freq: Tensor, head_dim: int) -> Tensor:
     """The query bias whose attention to keys all equal to (KEY_STRENGTH, …, 0, …) follows `kernel`: (2 * frequencies,).
 
     Under rotary positions the score is linear in the query and depends on distance alone, so this is a convex fit.
@@ -154,11 +177,11 @@ def _place_gather(model: SmolLM3ForCausalLM, size: Size, frames: Frames) -> None
     attention.k_proj.weight.mul_(0.2)
     attention.v_proj.weight.zero_()
     attention.o_proj.weight.zero_()
-    for group in range(2):
-        attention.v_proj.weight[group * dim : group * dim + CODE] = frames.code
+    for group, code in enumerate((frames.code, frames.topic)):
+        attention.v_proj.weight[group * dim : group * dim + CODE] = code
     # A token's code has length sqrt(D * CODE / T) after the norm; scale it to the length of a token.
     unit = TOKEN_NORM / math.sqrt(size.width * CODE / len(frames.token))
-    targets = [(frames.previous, 1.0), (frames.before, 0.8), (frames.window, 1.0), (frames.window, 1.6)]
+    targets = [(frames.previous, 1.0), (frames.before, 0.8), (frames.window, 1.5), (frames.window, 4.0)]
     for head, (target, scale) in enumerate(targets):
         attention.o_proj.weight[:, head * dim : head * dim + CODE] = target.T * unit * scale
 
@@ -173,7 +196,7 @@ def _place_nearness(model: SmolLM3ForCausalLM, layer: int, size: Size) -> None:
     attention, dims = model.model.layers[layer].self_attn, _near_dims(size)
     inv_freq = model.model.rotary_emb.inv_freq[: len(dims) // 2]
     query, key = torch.zeros(size.head_dim), torch.zeros(size.head_dim)
-    query[dims] = _fit_kernel((0, *(1,) * NEAR), inv_freq, size.head_dim)
+    query[dims] = _fit_kernel(NEAR, inv_freq, size.head_dim)
     key[dims[: len(dims) // 2]] = KEY_STRENGTH
     attention.q_proj.bias.copy_(query.repeat(size.num_heads))
     attention.k_proj.bias.copy_(key.repeat(size.num_kv_heads))
@@ -193,10 +216,8 @@ def _place_match(
     def mix(parts: tuple[Tensor, Tensor, Tensor], weights: tuple[float, float, float]) -> Tensor:
         return match.sharpness * torch.stack([w * s @ p for w, s, p in zip(weights, spread, parts, strict=True)]).sum(0)
 
-    queries = [(1.4, 1.0, 0.0), (1.4, 0.7, 0.7), (0.7, 0.3, 1.0), (0.4, 0.0, 1.2)]
-    keys = [(1.0, 1.0, 0.7), (0.7, 0.5, 1.0)]
-    attention.q_proj.weight.copy_(torch.cat([mix(last, weights) for weights in queries]))
-    attention.k_proj.weight.copy_(torch.cat([mix(ahead, weights) for weights in keys]))
+    attention.q_proj.weight.copy_(torch.cat([mix(last, weights) for weights in QUERIES]))
+    attention.k_proj.weight.copy_(torch.cat([mix(ahead, weights) for weights in KEYS]))
     turn = _orthonormal(len(frames.token), len(frames.token), generator)
     for group in range(2):  # the two groups copy different parts of the token
         read = turn[group * dim : (group + 1) * dim] @ frames.token  # (head_dim or fewer, D)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lazyahead.reader.world import NOUNS, PERSON_ATTRIBUTES, PLACE_ATTRIBUTES, Fact, World
+from lazyahead.reader.world import PERSON_ATTRIBUTES, PLACE_ATTRIBUTES, TOPICS, Fact, World
 
 ORDINALS = ("First", "Second", "Third", "Last")
 ARGUMENTS = "x y z rate count value index total width height depth offset".split()  # noqa: SIM905
@@ -90,20 +90,20 @@ def summarization(world: World, chars: int) -> Page:
 
 def few_shot(world: World, chars: int) -> Page:
     """Labelled examples; the label follows from the last word of the text."""
-    keys = world.rng.sample(NOUNS, world.rng.randint(4, 10))
+    keys = world.rng.sample(TOPICS, world.rng.randint(4, 10))
     labels = {key: world.name().lower() for key in keys}
 
     def text(key: str) -> str:
-        return world.filler().rstrip(".") + f" near the {key}."
+        return f"{world.filler()[:-1]} and the {key}."
 
-    lines = [f"Text: {text(key)}\nLabel: {key} is {labels[key]}" for key in keys]
+    lines = [f"Text: {text(key)}\nLabel: {labels[key]}" for key in keys]
     room = chars - sum(len(line) + 1 for line in lines)
     while room > 0:
         key = world.rng.choice(keys)
-        lines.append(f"Text: {text(key)}\nLabel: {key} is {labels[key]}")
+        lines.append(f"Text: {text(key)}\nLabel: {labels[key]}")
         room -= len(lines[-1]) + 1
     world.rng.shuffle(lines)
-    exchanges = [(f"Text: {text(key)}", f"Label: {key} is {labels[key]}") for key in keys]
+    exchanges = [(f"Text: {text(key)}", labels[key]) for key in keys]
     return Page("\n".join(lines), _shuffled(world, exchanges))
 
 
@@ -126,8 +126,7 @@ def code(world: World, chars: int) -> Page:
     while room > 0 or len(exchanges) < 2:
         name = f"{world.name()}_{world.name()}".lower()
         parameters = ", ".join(world.rng.sample(ARGUMENTS, world.rng.randint(1, 3)))
-        arguments = ", ".join(world.rng.sample(ARGUMENTS, world.rng.randint(1, 3)))
-        call = f"result = {name}({arguments}) * {world.number(2, 99)}"
+        call = f"result = {name}({parameters}) * {world.number(2, 99)}"
         signature = f"def {name}({parameters}):\n    # {world.filler()}\n    return {parameters.replace(', ', ' + ')}\n"
         use = f"    {call}\n    # {world.filler()}\n"
         parts += [signature, use]

@@ -14,7 +14,7 @@ CHARS_PER_TOKEN = {
     "single_doc_qa": 4.95,
     "multi_doc_qa": 4.9,
     "summarization": 5.0,
-    "few_shot": 4.15,
+    "few_shot": 3.95,
     "synthetic": 4.95,
     "code": 3.5,
     "rag": 4.9,

@@ -21,6 +21,7 @@ from lazyahead.reader.batches import ANSWER_WEIGHT, Batch, Stage, make_batch
 from lazyahead.reader.checkpoint import Progress, load_checkpoint, save_checkpoint
 from lazyahead.reader.circuit import SIZES, Size, build_model
 from lazyahead.reader.tokenizer import build_tokenizer
+from lazyahead.reader.vocabulary import study
 
 # Dense first, then filler and distractors, then length.
 PLANS: dict[str, tuple[Stage, ...]] = {
@@ -114,7 +115,7 @@ def train(run: Run, until: int | None = None) -> Progress:
     if not (weights_folder / "tokenizer.json").exists():
         build_tokenizer(weights_folder)
     tokenizer = AutoTokenizer.from_pretrained(weights_folder)
-    model = build_model(run.size, len(tokenizer), run.seed).to(run.device)
+    model = build_model(run.size, study(tokenizer), run.seed).to(run.device)
     optimizer = make_optimizer(model)
     progress = load_checkpoint(checkpoint, model, optimizer)
     _forget_after(run.folder / "curve.jsonl", progress.step)

@@ -32,6 +32,10 @@ NOUNS = (
     "street river valley crowd traveler merchant window garden lantern road hillside bakery orchestra storm market "
     "festival engine painting letter carpenter"
 ).split()
+TOPICS = (
+    "violin pepper magnet glacier parrot cinema harvest compass blanket dolphin ladder volcano "
+    "ribbon pyramid candle tractor spider jacket planet mirror"
+).split()  # what few-shot texts are about; they occur nowhere else
 VERBS = "crosses follows remembers watches admires avoids repairs visits describes surrounds carries protects".split()
 ADVERBS = (
     "slowly",
@@ -48,7 +52,7 @@ ADVERBS = (
 )
 
 STATEMENT = "The {a} of {e} is {v}."  # the form that answers quote
-STATEMENTS = (STATEMENT, "In {e}, the {a} is {v}.", "For {e} the {a} is {v}.", "{e} has the {a} {v}.")
+STATEMENTS = (STATEMENT, "In {e}, the {a} is {v}.", "For {e} the {a} is {v}.", "{e} has one {a}, which is {v}.")
 HELDOUT_STATEMENTS = ("As for {e}, the {a} is {v}.", "Note that the {a} of {e} is {v}.", "The {a} that {e} has is {v}.")
 QUESTIONS = ("What is the {a} of {e}?", "Tell me the {a} of {e}.")
 HELDOUT_QUESTIONS = ("What {a} does {e} have?", "Please find the {a} of {e}.")
