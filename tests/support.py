@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import families
 from lazyahead.config import LazyPrefill, Lookahead
-from lazyahead.draft.drafter import Drafter, NoDrafter
+from lazyahead.draft.drafter import Drafter
 from lazyahead.draft.tree import ROOT, Draft, Source
 from lazyahead.engine import Engine, Request
 from lazyahead.hf.anatomy import Anatomy
@@ -24,6 +24,8 @@ from lazyahead.hf.probe import examine
 from lazyahead.prefill.score import LastToken, Window
 from lazyahead.sampling import Picker
 from lazyahead.session import Session
+
+torch.set_num_threads(1)  # for models this small a second thread costs more than it brings
 
 LAZY = LazyPrefill(
     schedule=((0.3, 0.5), (0.6, 0.3)), min_tokens=0, protect_last=4, scorer=Window(4, 3), revive_threshold=0.02
@@ -88,7 +90,7 @@ def request_for(
     return Request(
         prompt,
         options.pop("picker", None) or Picker(),
-        session=session or engine.new_session(),
+        session=engine.new_session() if session is None else session,
         max_new_tokens=num_tokens,
         min_tokens=prefill.min_tokens if prefill is not None else 0,
         **options,
@@ -210,8 +212,6 @@ def fake(behaviour: str, family: str, prefill: LazyPrefill | None, texts: Sequen
     return FakeDrafter(behaviour, answers)
 
 
-NO_DRAFTS = NoDrafter()
-
 # --- what must hold for every session ---------------------------------------------------------------------------------
 
 
@@ -259,7 +259,7 @@ class ByHand:
         self.family = family
         self.model, anatomy = tiny(family)
         self.layers = anatomy.layers
-        self.windows = [getattr(layer.self_attn, "sliding_window", None) for layer in anatomy.layers]
+        self.windows = [families.WINDOW if kind == "sliding_attention" else 0 for kind in anatomy.layer_types]
         self.states: list[dict[int, Tensor]] = [{} for _ in range(len(self.layers) + 1)]
         self.keys: list[dict[int, Tensor]] = [{} for _ in self.layers]
         self.values: list[dict[int, Tensor]] = [{} for _ in self.layers]

@@ -2,14 +2,12 @@
 
 import json
 import os
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import byte_level, save_model
+from tiny import COMMAND, byte_level, save_model
 
 from lazyahead.bench import baseline
 from lazyahead.cli import run
@@ -118,7 +116,7 @@ def test_chat_answers_piped_lines_and_reuses_what_it_read(model, tmp_path):
     document = tmp_path / "text.txt"
     document.write_text(TEXT * 4)
     piped = subprocess.run(
-        [*command(), "chat", "-m", model, "-f", str(document), "--max-new-tokens", "4"],
+        [*COMMAND, "chat", "-m", model, "-f", str(document), "--max-new-tokens", "4"],
         input="What is it?\n\nAnd then?\n", capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     measured = [line for line in piped.stderr.splitlines() if "first token" in line]
@@ -169,6 +167,8 @@ def test_verify_tells_where_answers_part(model, monkeypatch, capsys, tmp_path):
         (["generate", "a", "--file-name", "b"], "file-name"),
         (["generate", "a", "--compare", "--session", "s"], "--compare"),
         (["generate", "--file", "/no/such/file"], "/no/such/file"),
+        (["generate", "a", "--explain", "/no/such/page.html"], "/no/such"),
+        (["generate", "a", "--session", "/"], "folder"),
         (["chat", "--file", "/no/such/file"], "/no/such/file"),
         (["bench", "prefill", "--shape", "huge", "--no-memory"], "huge"),
         (["bench", "prefill", "--shape", "tiny", "--model", "x"], "not both"),
@@ -232,7 +232,7 @@ def test_a_model_that_is_not_there_gets_one_line(capsys, tmp_path):
 def test_a_hub_name_without_network_gets_one_line():
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [*command(), "generate", "a", "-m", "someone/some-model"],
+        [*COMMAND, "generate", "a", "-m", "someone/some-model"],
         env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 2
@@ -248,6 +248,15 @@ def test_weights_that_can_run_code_are_refused(capsys, model, tmp_path):
     assert "safetensors" in refused(capsys, "generate", "a", "-m", str(folder))
 
 
+def test_a_recurrent_model_is_told_how_to_run_and_runs_so(capsys, tmp_path):
+    sizes = {"state_size": 4, "conv_kernel": 2, "expand": 2, "time_step_rank": 2, "use_mambapy": False}
+    folder = str(save_model(tmp_path / "mamba", "mamba", **sizes))
+    assert "--prefill off" in refused(capsys, "generate", TEXT, "-m", folder)
+    assert run(["generate", TEXT, "-m", folder, "--prefill", "off", "--decode", "off", "--max-new-tokens", "3"]) == 0
+    assert run(["doctor", "-m", folder, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["level"] == "decode-only"
+
+
 def test_an_unknown_family_is_refused_and_doctor_says_why(capsys, tmp_path):
     folder = tmp_path / "odd"
     folder.mkdir()
@@ -259,48 +268,3 @@ def test_an_unknown_family_is_refused_and_doctor_says_why(capsys, tmp_path):
     values = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert values["level"] == "none"
     assert "abacus" in values["reason"]
-
-
-def command() -> list[str]:
-    """The installed script, whatever it is called from."""
-    return [sys.executable, "-c", "from lazyahead.cli import main; main()"]
-
-
-@pytest.fixture(scope="session")
-def patient_model(tmp_path_factory) -> str:
-    """One that can go on for longer than anybody waits."""
-    return str(save_model(tmp_path_factory.mktemp("models") / "long", max_position_embeddings=400_000))
-
-
-def test_ctrl_c_ends_an_answer_with_what_it_has_and_writes_nothing(patient_model, tmp_path):
-    options = ["--max-new-tokens", "300000", "--session", str(tmp_path / "s"), "--explain", str(tmp_path / "e")]
-    process = subprocess.Popen(
-        [*command(), "generate", TEXT, "-m", patient_model, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    with process:
-        seen = process.stdout.read(20)
-        process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert len(seen) == 20
-    assert rest.endswith(b"\n")
-    assert b"Traceback" not in errors
-    assert os.listdir(tmp_path) == []
-
-
-def test_ctrl_c_in_a_chat_ends_the_answer_only(patient_model):
-    process = subprocess.Popen(
-        [*command(), "chat", "-m", patient_model, "--max-new-tokens", "300000"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    with process:
-        for question in (b"What?\n", b"Who?\n"):
-            process.stdin.write(question)
-            process.stdin.flush()
-            assert len(process.stdout.read(20)) == 20
-            process.send_signal(signal.SIGINT)
-            while b"stopped" not in process.stderr.readline():
-                pass
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert b"Traceback" not in errors

@@ -1,5 +1,6 @@
 """Tiny tokenizers and models on disk, built in code: what the commands are tried with."""
 
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+COMMAND = [sys.executable, "-c", "from lazyahead.cli import main; main()"]
+"""The installed script, wherever it is installed."""
 CORPUS = ["The code of the red door is 417.", "A question: what is it? Answer: naïve café, 日本語, 😀🇩🇪!"] * 3
 SPECIAL = ["<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (

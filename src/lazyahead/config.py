@@ -49,8 +49,10 @@ class LazyPrefill:
         _check_schedule(self.schedule, needs_attention=self.scorer.queries > 0)
         if self.revive not in get_args(Revival):
             raise ConfigError(f"revive must be one of {', '.join(get_args(Revival))}, got {self.revive!r}")
-        if not (isfinite(self.revive_threshold) and 0 <= self.revive_threshold <= 1):
-            raise ConfigError(f"revive_threshold is an attention weight in 0..1, got {self.revive_threshold}")
+        if self.revive != "never" and self.scorer.queries == 0:
+            raise ConfigError(f"revive {self.revive!r} needs attention and {self.scorer} sees none; use 'never'")
+        if not (_is_number(self.revive_threshold) and 0 <= self.revive_threshold <= 1):
+            raise ConfigError(f"revive_threshold is an attention weight in 0..1, got {self.revive_threshold!r}")
         for name in ("revive_limit", "protect_first", "protect_last", "min_tokens"):
             _check_count(name, getattr(self, name))
 
@@ -95,7 +97,10 @@ class LazyPrefill:
     def from_dict(cls, values: dict[str, Any]) -> LazyPrefill:
         """The inverse of `to_dict`. Raises ConfigError naming a field that does not exist."""
         values = dict(values)
-        scorer = dict(values.pop("scorer", {"name": "window"}))
+        scorer = values.pop("scorer", {"name": "window"})
+        if not isinstance(scorer, dict):
+            raise ConfigError(f"scorer must be a table with a name, got {scorer!r}")
+        scorer = dict(scorer)
         kind = scorer.pop("name", None)
         if kind not in SCORERS:
             raise ConfigError(f"no scorer is called {kind!r}; there are {', '.join(SCORERS)}")
@@ -169,18 +174,24 @@ def _check_count(name: str, value: object, least: int = 0) -> None:
         raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
 def _check_schedule(schedule: Schedule, needs_attention: bool) -> None:
     if not schedule:
         raise ConfigError("schedule is empty; pass prefill=None to read the whole prompt")
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in schedule):
+        raise ConfigError(f"schedule must hold (depth, keep ratio) pairs, got {schedule!r}")
     last_depth, last_ratio = -1.0, 1.0
     for depth, ratio in schedule:
-        if not (isfinite(depth) and 0 <= depth < 1):
+        if not (_is_number(depth) and 0 <= depth < 1):
             raise ConfigError(f"depth must be in 0..1 (a fraction of the layers), got {depth}")
         if depth == 0 and needs_attention:
             raise ConfigError(
                 "depth 0 lies before the first attention, so nothing can be scored there; use 0.05 or more"
             )
-        if not (isfinite(ratio) and 0 < ratio <= 1):
+        if not (_is_number(ratio) and 0 < ratio <= 1):
             raise ConfigError(f"keep ratio must be above 0 and at most 1, got {ratio}")
         if depth <= last_depth:
             raise ConfigError(f"depths must rise, got {depth} after {last_depth}")

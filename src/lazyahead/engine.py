@@ -16,6 +16,7 @@ from lazyahead.draft.budget import RowCost, choose
 from lazyahead.draft.drafter import Drafter, NoDrafter
 from lazyahead.draft.tree import Draft
 from lazyahead.draft.verify import walk
+from lazyahead.errors import ConfigError
 from lazyahead.prefill.boundary import Flight, part_len
 from lazyahead.prefill.schedule import boundaries
 from lazyahead.request import Request
@@ -44,6 +45,9 @@ class Runner(Protocol):
     def travels_alone(self) -> bool:
         """Requests must not share passes and prompts must not be split."""
 
+    def may_draft(self, start: int, end: int) -> bool:
+        """Whether drafts up to position `end` leave the root at `start` as it is without them."""
+
 
 class Engine:
     """Runs requests on one model, many at once. `submit`, then `step` until `is_idle`, inside `with engine:`.
@@ -64,6 +68,8 @@ class Engine:
         max_stall_rows: int = 512,
         max_running: int = 64,
     ) -> None:
+        if max_stall_rows < 1 or max_running < 1:
+            raise ConfigError(f"max_stall_rows {max_stall_rows} and max_running {max_running} must be at least 1")
         self.runner, self.prefill, self.decode = runner, prefill, decode
         self.drafter = drafter or NoDrafter()
         self.max_stall_rows, self.max_running = max_stall_rows, max_running
@@ -100,17 +106,28 @@ class Engine:
         self._waiting.append(request)
 
     def cancel(self, request: Request) -> None:
-        """Takes a request out between two steps; what its session has read stays."""
-        if request.finish_reason is None:
-            self._finish(request, "cancelled")
+        """Takes a request out between two steps; what it has written stays, a prompt half read is forgotten."""
+        if request.finish_reason is not None:
+            return
+        if request.is_reading and request in self._running:
+            session = request.session
+            pending = session.pending
+            session.crop(request.reading.start)
+            session.pending = pending
+        self._finish(request, "cancelled")
 
     def step(self) -> None:
-        """One pass for all running requests."""
+        """One pass for all running requests. Where it is broken off, what it has not committed is as before it."""
         self._admit()
         flights = self._draft()
-        logits = self._forward(flights)
-        runs = self._verify(flights, logits)
-        self._commit(runs)
+        try:
+            logits = self._forward(flights)
+            runs = self._verify(flights, logits)
+            self._commit(runs)
+        except BaseException:
+            for request, flight in flights:
+                request.forget(flight.undo())
+            raise
 
     # --- the phases ----------------------------------------------------------------------------------------------
 
@@ -130,7 +147,8 @@ class Engine:
 
     def _forward(self, flights: Sequence[tuple[Request, Flight]]) -> list[Tensor | None]:
         """Logits (R, V) of each flight's rows that speak; None where none do."""
-        groups = [[flight] for _, flight in flights] if self.runner.travels_alone else [[f for _, f in flights]]
+        together = [[flight for _, flight in flights]] if flights else []
+        groups = [[flight] for _, flight in flights] if self.runner.travels_alone else together
         parts: list[Tensor | None] = []
         for group in groups:
             logits = self.runner.run(group)
@@ -175,8 +193,11 @@ class Engine:
             return
         for request in writing:
             request.proposed = Draft.EMPTY
-            if request.drafts is not None and request.max_new_tokens - len(request.answer) > 1:
-                request.proposed = request.drafts.propose(self.decode.decoding_length)
+            room = request.max_new_tokens - len(request.answer) - 1
+            start = len(request.session)
+            steady = self.runner.may_draft(start, start + min(room, self.decode.decoding_length))
+            if request.drafts is not None and room > 0 and steady:
+                request.proposed = request.drafts.propose(self.decode.decoding_length).within(room)
             request.draft = request.proposed
         judged = [request for request in writing if request.proposed.probs]
         if judged and self._measure_rows is not None:
@@ -200,7 +221,8 @@ class Engine:
         for request in (request for request in self._running if request.is_reading):
             flight = self._read(request, limit)
             flights.append((request, flight))
-            if limit is None or request.reading.stage is not None:
+            may_grow = flight.has_last and request.session.num_stashed > 0
+            if limit is None or request.reading.stage is not None or may_grow:
                 break
             limit -= len(flight.token_ids)
             if limit <= 0:
@@ -254,6 +276,7 @@ class Engine:
         """The session and the drafter hear of the step, then the caller does."""
         session = request.session
         session.pending = [told[-1]]
+        request.num_told = len(request.answer)
         request.last_token = time.perf_counter()
         if flight.reading is not None:
             session.prefill_lens = [len(kv) for kv in session.kv]

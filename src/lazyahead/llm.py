@@ -167,8 +167,8 @@ class LLM:
         session: Session | None,
         on_progress: Callable[[float], None] | None,
     ) -> Iterator[Piece]:
-        answer = _Answer(self, prompt, sampling, session)
         with self._lock:
+            answer = _Answer(self, prompt, sampling, session)
             self.engine.submit(answer.request)
         try:
             while not answer.is_over:
@@ -199,6 +199,7 @@ class _Answer:
                 f"prompt of {len(prompt.token_ids)} tokens plus max_new_tokens {sampling.max_new_tokens} exceed the "
                 f"model's context of {llm.max_context}; shorten one of them"
             )
+        _check_tokens(llm, sampling)
         self._eos = () if sampling.ignore_eos else llm.eos_ids
         self._text, self._stops = Detokenizer(llm.tokenizer), StopStrings(sampling.stop)
         self._ready: list[str] = []
@@ -241,6 +242,14 @@ class _Answer:
             self.is_over = True
         self.pieces.append(Piece("".join(self._ready), tuple(tokens), self.request.stats(), reason))
         self._ready = []
+
+
+def _check_tokens(llm: LLM, sampling: Sampling) -> None:
+    """Token ids that settings name must exist, or the pass would fail for everybody in it."""
+    named = [*sampling.logit_bias, *(token for word in sampling.bad_words for token in word)]
+    vocabulary = llm.model.config.get_text_config().vocab_size
+    if named and max(named) >= vocabulary:
+        raise RequestError(f"logit_bias and bad_words take token ids below {vocabulary}, got {max(named)}")
 
 
 def _resume(llm: LLM, session: Session | None, token_ids: Sequence[int]) -> Session:

@@ -38,6 +38,8 @@ class Request:
         self.prompt, self.picker, self.accept, self.emit = list(prompt), picker, accept, emit
         self.session, self.max_new_tokens = session, max_new_tokens
         self.answer: list[int] = []
+        self.num_told = 0
+        """Tokens of the answer that are committed."""
         self.finish_reason: str | None = None
         self.num_reused, self.num_steps = len(session), 0
         self.submitted = time.perf_counter()
@@ -57,6 +59,14 @@ class Request:
         num_new = len(self.prompt) - len(session)
         self.reading = Reading(len(session), len(self.prompt), num_new >= (min_tokens or 0), question)
         self._prefix = _Prefix(self.prompt if prefix is None else prefix)
+
+    def forget(self, is_undone: bool) -> None:
+        """A pass was broken off: what it had added to the answer, and the scores it had noted, are gone."""
+        if is_undone:
+            del self.answer[self.num_told :]
+        for kept in (self.scores, self.logits):
+            if kept is not None:
+                del kept[len(self.answer) :]
 
     @property
     def is_reading(self) -> bool:
@@ -97,7 +107,8 @@ class _Prefix:
 
     def with_(self, answer: Sequence[int], more: Sequence[int]) -> Tensor:
         need = self._base + len(answer) + len(more)
-        if need > self._ids.numel():
+        self._len = min(self._len, self._base + len(answer))
+        while need > self._ids.numel():
             self._ids = torch.cat([self._ids, torch.zeros_like(self._ids)])
         known = self._len - self._base
         if known < len(answer):

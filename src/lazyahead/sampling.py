@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite
 
 import torch
 from torch import Tensor
@@ -42,30 +43,52 @@ class Sampling:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        checks: list[tuple[str, float, float]] = [
-            ("max_new_tokens", 1, 1 << 20),
-            ("temperature", 0, 100),
-            ("top_k", 0, 1 << 31),
-            ("min_p", 0, 1),
-            ("presence_penalty", -10, 10),
-            ("frequency_penalty", -10, 10),
-            ("no_repeat_ngram_size", 0, 1 << 20),
-            ("min_new_tokens", 0, 1 << 20),
-        ]
-        for name, low, high in checks:
+        for name, low, high in _RANGES:
             value = getattr(self, name)
-            if not (isinstance(value, int | float) and isfinite(value) and low <= value <= high):
+            if not (_is_number(value) and low <= value <= high):
                 raise ConfigError(f"{name} must be between {low} and {high}, got {value!r}")
-        if not (isfinite(self.top_p) and 0 < self.top_p <= 1):
+        for name in ("max_new_tokens", "top_k", "no_repeat_ngram_size", "min_new_tokens"):
+            if not isinstance(getattr(self, name), int):
+                raise ConfigError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
-        if not (isfinite(self.repetition_penalty) and 0 < self.repetition_penalty <= 10):
+        if not (_is_number(self.repetition_penalty) and 0 < self.repetition_penalty <= 10):
             raise ConfigError(f"repetition_penalty must be above 0 and at most 10, got {self.repetition_penalty!r}")
         if not isinstance(self.stop, tuple) or not all(isinstance(stop, str) and stop for stop in self.stop):
             raise ConfigError(f"stop must be a tuple of texts that are not empty, got {self.stop!r}")
-        if self.seed is not None and not 0 <= self.seed < 1 << 63:
+        if self.seed is not None and not (_is_token(self.seed) and self.seed < 1 << 63):
             raise ConfigError(f"seed must be between 0 and 2**63 - 1, got {self.seed!r}")
         if self.min_new_tokens > self.max_new_tokens:
             raise ConfigError(f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}")
+        self._check_tokens()
+
+    def _check_tokens(self) -> None:
+        for word in self.bad_words:
+            if not isinstance(word, list | tuple) or not word or not all(_is_token(token) for token in word):
+                raise ConfigError(f"bad_words must hold sequences of token ids that are not empty, got {word!r}")
+        for token, bias in self.logit_bias.items():
+            if not (_is_token(token) and (_is_number(bias) or bias == -inf)):
+                raise ConfigError(f"logit_bias must give token ids a finite number or -inf, got {token!r}: {bias!r}")
+
+
+_RANGES = (
+    ("max_new_tokens", 1, 1 << 20),
+    ("temperature", 0, 100),
+    ("top_k", 0, 1 << 31),
+    ("min_p", 0, 1),
+    ("presence_penalty", -10, 10),
+    ("frequency_penalty", -10, 10),
+    ("no_repeat_ngram_size", 0, 1 << 20),
+    ("min_new_tokens", 0, 1 << 20),
+)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 class Picker:
@@ -83,7 +106,7 @@ class Picker:
     def process(self, logits: Tensor, prefix: Tensor) -> Tensor:
         """Logits (V,) after `prefix` (1, N), as they are chosen from, in fp32."""
         logits = logits.float()
-        return logits if self.processors is None else self.processors(prefix, logits[None])[0]
+        return logits if self.processors is None else self.processors(prefix.to(logits.device), logits[None])[0]
 
     def choose(self, logits: Tensor, offset: int) -> int:
         """Token from processed logits (V,) at place `offset` of the answer."""
@@ -93,6 +116,6 @@ class Picker:
 
     def _noise(self, offset: int, like: Tensor) -> Tensor:
         """Exponential noise: argmax of p / noise is a draw from p, and changes as little as p does."""
-        mixed = (self.seed * 0x9E3779B97F4A7C15 + (offset + 1) * 0xBF58476D1CE4E5B9) % (1 << 63)
-        generator = torch.Generator().manual_seed(mixed)
+        place = hashlib.blake2b(f"{self.seed} {offset}".encode(), digest_size=4).digest()  # torch hears 32 bits
+        generator = torch.Generator().manual_seed(int.from_bytes(place))
         return torch.empty(like.shape, dtype=torch.float32).exponential_(generator=generator).to(like.device)

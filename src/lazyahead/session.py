@@ -32,6 +32,7 @@ class Session:
         """Slots of each layer when the latest prompt had been read."""
         self.in_use = False
         """Set by the engine while a request runs on this session."""
+        self._mark: tuple[list[int], int] | None = None
 
     def __len__(self) -> int:
         """Tokens that have entered."""
@@ -70,6 +71,26 @@ class Session:
             return 1.0  # the model keeps its own cache
         return sum(self.kept_by_layer) / (self.num_layers * self.prompt_len)
 
+    def mark(self) -> None:
+        """A pass begins: until it is committed, `rollback` undoes it."""
+        self._mark = [len(kv) for kv in self.kv], self.num_revived
+        for stash in self.stashes.values():
+            stash.mark()
+
+    def rollback(self) -> bool:
+        """Undoes a pass that was broken off, if it was: tells so. A model with a cache of its own starts anew."""
+        if self._mark is None:
+            return False
+        lengths, self.num_revived = self._mark
+        self._mark = None
+        for kv, length in zip(self.kv, lengths, strict=True):
+            kv.commit(len(kv) - length, None)
+        for stash in self.stashes.values():
+            stash.rollback()
+        if not self.num_layers:
+            self.token_ids, self.pending = [], []
+        return True
+
     def crop(self, num_tokens: int) -> None:
         """Forgets tokens from position `num_tokens` on, as if they had never been written."""
         self.pending = []
@@ -82,12 +103,13 @@ class Session:
             if not num_slots:
                 continue
             stayed = kv.crop(num_tokens)
+            if self.prefill_lens:
+                self.prefill_lens[layer] = int((stayed < self.prefill_lens[layer]).sum())
             if layer + 1 in self.stashes:
                 self.stashes[layer + 1].crop(num_tokens, stayed, num_slots)
         if 0 in self.stashes:
             everything = torch.arange(num_tokens, device=self.kv[0].positions.device)
             self.stashes[0].crop(num_tokens, everything, num_tokens + 1)
-        self.prefill_lens = [min(length, len(kv)) for length, kv in zip(self.prefill_lens, self.kv, strict=False)]
 
     def commit(self, tokens: Sequence[int], num_drafts: int, accepted: Sequence[int]) -> None:
         """After a pass by which `tokens` have entered: of its `num_drafts` draft rows keeps those at `accepted`."""
@@ -97,12 +119,13 @@ class Session:
             for kv in self.kv:
                 kv.commit(num_drafts - len(accepted) if is_prefix else num_drafts, rows)
         self.token_ids.extend(tokens)
+        self._mark = None
 
     def reach(self) -> Reach:
         """How deep each prompt token got."""
         depth = torch.zeros(self.prompt_len, dtype=torch.long)
         prefill = torch.zeros_like(depth)
-        for kv, length in zip(self.kv, self.prefill_lens, strict=True):
+        for kv, length in zip(self.kv, self.prefill_lens, strict=False):
             positions = kv.positions.cpu()
             for counts, part in ((depth, positions), (prefill, positions[:length])):
                 inside = part[part < self.prompt_len]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -51,10 +52,11 @@ def save_session(session: Session, path: str | Path, model: PreTrainedModel, pre
     try:
         save_file(tensors, part, header)
         os.replace(part, path)
-    except OSError as error:
-        raise SessionFileError(f"cannot write {path}: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise SessionFileError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def load_session(path: str | Path, model: PreTrainedModel, prefill: LazyPrefill | None, empty: Session) -> Session:
@@ -67,7 +69,7 @@ def load_session(path: str | Path, model: PreTrainedModel, prefill: LazyPrefill 
         return _fill(empty, header, tensors)
     except FileNotFoundError:
         raise SessionFileError(f"no session at {path}") from None
-    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise SessionFileError(f"{path} is damaged or no session: {str(error).splitlines()[0]}") from None
 
 
@@ -85,9 +87,12 @@ def _fill(session: Session, header: dict[str, str], tensors: dict[str, Tensor]) 
         table = Growing()
         table.append(torch.view_as_complex(rows) if index in is_complex else rows)
         session.tables.append(table)
-    num_held = [len(kv) for kv in session.kv]
-    if num_held[0] + len(session.stashes.get(0, ())) != len(session):
-        raise ValueError(f"{len(session)} tokens, but {num_held[0]} of them at the first layer")
+    num_waiting = 0
+    for layer, kv in enumerate(session.kv):
+        stash = session.stashes.get(layer)
+        num_waiting += len(stash) if stash is not None else 0
+        if len(kv) + num_waiting != len(session):
+            raise ValueError(f"{len(session)} tokens, but {len(kv)} cached and {num_waiting} waiting at layer {layer}")
     return session
 
 

@@ -59,6 +59,7 @@ class DecodeRow:
     identical: bool
     """Whether plain and lookahead wrote the same tokens."""
     identical_to_baseline: bool | None
+    """The same of transformers' tokens; None where they are drawn with other noise."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _row(work: Workload, batch: int, rounds: Sequence[_Round], drafted: Meter, u
     answers = {side: [shot.answers for shot in taken] for side, taken in shots.items()}
     ahead = shots["lookahead"]
     num_timed, ttft_s = sum(shot.num_timed for shot in ahead), sum(shot.ttft_s for shot in ahead)
-    cost = row_cost(drafted, undrafted)
+    cost, is_comparable = row_cost(drafted, undrafted), "baseline" in answers and work.sampling.temperature == 0
 
     def over(side: str) -> float | None:
         return speeds["lookahead"] / speeds[side] if speeds.get(side) else None
@@ -164,5 +165,5 @@ def _row(work: Workload, batch: int, rounds: Sequence[_Round], drafted: Meter, u
         draft_us_per_token=1e6 * drafted.draft_s / max(1, num_timed),
         index_share=drafted.index_s / ttft_s if ttft_s else None,
         identical=answers["lookahead"] == answers["plain"],
-        identical_to_baseline=answers["lookahead"] == answers["baseline"] if "baseline" in answers else None,
+        identical_to_baseline=answers["lookahead"] == answers["baseline"] if is_comparable else None,
     )

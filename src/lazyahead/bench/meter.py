@@ -25,9 +25,9 @@ class Meter:
     """Counts and times since the last `reset`."""
 
     draft_s: float = 0.0
-    """Proposing, learning and indexing the answer."""
+    """CPU time of proposing, learning and indexing the answer."""
     index_s: float = 0.0
-    """Indexing prompts."""
+    """CPU time of indexing prompts."""
     passes: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     """Rows of a decoding pass -> seconds of each such pass."""
 
@@ -99,9 +99,9 @@ class _Drafter:
         return getattr(self._inner, name)
 
     def start(self, prompt: Sequence[int] = (), namespace: str = "default") -> DraftRequest:
-        begin = time.perf_counter()
+        begin = time.thread_time()
         request = self._inner.start(prompt, namespace)
-        self._meter.index_s += time.perf_counter() - begin
+        self._meter.index_s += time.thread_time() - begin
         return _Request(request, self._meter, self._remember)
 
 
@@ -130,6 +130,6 @@ class _Request:
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
-        begin = time.perf_counter()
+        begin = time.thread_time()
         yield
-        self._meter.draft_s += time.perf_counter() - begin
+        self._meter.draft_s += time.thread_time() - begin

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from lazyahead.bench.baseline import run_baseline
-from lazyahead.bench.memory import Peak, in_own_process, ratio, watched
+from lazyahead.bench.memory import Peak, give_back, in_own_process, ratio, watched
 from lazyahead.bench.shapes import build_shape
 from lazyahead.config import LazyPrefill
 from lazyahead.hf.probe import examine
@@ -197,15 +197,17 @@ def _peaks(subject: Subject, prefill: LazyPrefill | None, plain: bool, lengths: 
 
 
 def _peaks_of(llm: LLM, plain: bool, lengths: Sequence[int]) -> list[Peak]:
-    """Peak of one prefill at each length, after a short one that pays for what is paid once."""
+    """Peak of one prefill at each length, over what is in use after a short one that pays for what is paid once."""
     once = Sampling(max_new_tokens=1, ignore_eos=True)
     found: list[Peak] = []
     for length in (min(64, *lengths), *lengths):
         token_ids = random_prompt(llm, length)
+        give_back()
         with watched(llm.model.device) as peaks:
             if plain:
                 run_baseline(llm.model, token_ids, once)
             else:
                 list(llm.stream(token_ids, sampling=once))
         found += peaks
-    return found[1:]
+    before = found[1].before
+    return [Peak(peak.peak, before) for peak in found[1:]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lazyahead.draft.budget import RowCost
@@ -12,6 +12,7 @@ from lazyahead.draft.drafter import NoDrafter, PromptLookupDrafter
 from lazyahead.draft.replay import FREE_ROWS, replay
 from lazyahead.draft.tree import Source
 from lazyahead.draft.trie_drafter import TrieDrafter
+from lazyahead.reader import samples
 
 DRAFTERS: dict[str, type[TrieDrafter] | type[PromptLookupDrafter] | type[NoDrafter]] = {
     "trie": TrieDrafter,
@@ -58,6 +59,23 @@ class ContextRow:
     index_us_per_token: float
     """Indexing a token of the prompt."""
     bytes_per_token: float
+
+
+def own_texts(encode: Callable[[str], list[int]], length: int, count: int) -> list[Text]:
+    """Answers of the reader's world, for when there is no other text."""
+    drawn = samples("rag", max(length, 256), n=count)
+    return [(encode(sample.prompt), encode(f" {sample.answer}")) for sample in drawn]
+
+
+def windows(token_ids: Sequence[int], length: int, answer_length: int, count: int) -> list[Text]:
+    """Parts of a text, the last ones, as if each were an answer to the `length` tokens before it.
+
+    Of a short text the first half only comes before answers.
+    """
+    last = len(token_ids) - answer_length
+    first = min(length, last // 2)
+    starts = sorted({last - index * answer_length for index in range(count) if last - index * answer_length >= first})
+    return [(token_ids[max(0, start - length) : start], token_ids[start : start + answer_length]) for start in starts]
 
 
 def measure_drafters(texts: Sequence[Text], cost: RowCost = FREE_ROWS, *, remember: bool = False) -> list[ReplayRow]:

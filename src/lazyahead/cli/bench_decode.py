@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lazyahead.cli import options
-from lazyahead.cli.output import print_json, record
+from lazyahead.cli.output import print_json, record, tables
 from lazyahead.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -103,4 +103,4 @@ def _show(name: str, rows: Sequence[DecodeRow], runs: int) -> None:
             f"{row.speedup:.2f}x" if row.speedup else "–", f"{row.ideal_speedup:.2f}x", f"{row.tokens_per_step:.2f}",
             f"{row.draft_us_per_token:.0f} µs", "yes" if row.identical else "no",
         )  # fmt: skip
-    Console(highlight=False).print(table)
+    tables().print(table)

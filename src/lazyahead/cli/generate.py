@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lazyahead.cli import INTERRUPTED, options
-from lazyahead.cli.output import Interrupt, ReadingBar, describe, note, print_json, record, whole_file
+from lazyahead.cli.compare import compare_and_show
+from lazyahead.cli.output import Interrupt, ReadingBar, check_folders, describe, note, print_json, record, whole_file
 from lazyahead.errors import RequestError
 from lazyahead.text import read_text
 
@@ -50,9 +51,8 @@ def generate(
     json: options.Json = False,
 ) -> None:
     """Answers a prompt: the text, or a file with a question about it."""
-    document = _document(prompt, file)
-    if not (document.strip() or (question or "").strip()):
-        raise RequestError("the prompt is empty; give PROMPT, --file or --question")
+    document = _document(prompt, file, question)
+    check_folders(session, explain)
     sampling = options.make_sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
     )
@@ -63,8 +63,6 @@ def generate(
     ask = _question(llm, document, question, kept, sampling)
     results: dict[str, Any] = {}
     if compare:
-        from lazyahead.cli.compare import compare_and_show  # noqa: PLC0415
-
         completion, results = compare_and_show(llm, document, question, sampling, runs, quiet=json)
     if not compare or kept is not None:
         completion = answer(ask, quiet=json or compare)
@@ -75,9 +73,8 @@ def generate(
         _keep(llm, kept, completion, session, explain)
     if json:
         values = {**summary(completion), **results}
-        print_json(
-            record(llm, seed=sampling.seed, runs=runs if compare else 1, results=values, sampling=asdict(sampling))
-        )
+        count = runs if compare else 1
+        print_json(record(llm, seed=sampling.seed, runs=count, results=values, sampling=asdict(sampling)))
     if cancelled:
         raise typer.Exit(INTERRUPTED)
 
@@ -121,17 +118,21 @@ def summary(completion: Completion) -> dict[str, Any]:
     }
 
 
-def _document(prompt: str | None, file: Path | None) -> str:
+def _document(prompt: str | None, file: Path | None, question: str | None) -> str:
+    """The text, wherever it comes from. Refuses a request that says nothing."""
     if prompt is not None and file is not None:
         raise RequestError("give PROMPT or --file, not both; a question about the file goes into --question")
-    if file is not None:
-        return read_text(file)
-    if prompt == "-":
-        try:
-            return sys.stdin.buffer.read().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise RequestError(f"stdin is not UTF-8 text (byte {error.start}); convert it") from None
-    return prompt or ""
+    document = read_text(file) if file is not None else _stdin() if prompt == "-" else prompt or ""
+    if not (document.strip() or (question or "").strip()):
+        raise RequestError("the prompt is empty; give PROMPT, --file or --question")
+    return document
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"stdin is not UTF-8 text (byte {error.start}); convert it") from None
 
 
 def _open_session(llm: LLM, path: Path | None, needed: bool) -> Session | None:

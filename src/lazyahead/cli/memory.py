@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lazyahead.cli import options
-from lazyahead.cli.output import envelope, note, print_json, record
+from lazyahead.cli.output import envelope, note, print_json, record, tables
 from lazyahead.errors import MemoryFileError, RequestError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def list_memory(file: File, namespace: Namespace = None, json: options.Json = Fa
         table.add_column(header, justify="right" if header in ("answers", "tokens") else "left")
     for row in rows:
         table.add_row(row["namespace"], f"{row['answers']:,}", f"{row['tokens']:,}", row["oldest"], row["newest"])
-    Console(highlight=False).print(table)
+    tables().print(table)
 
 
 @app.command("import")

@@ -135,6 +135,14 @@ class Interrupt:
         self.came = True
 
 
+def check_folders(*paths: Path | None) -> None:
+    """Refuses what could not be written, before any work is done for it."""
+    for path in paths:
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+            raise RequestError(f"{path} cannot be written: {reason}")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A name to write to; it becomes `path` when all went well, and vanishes when not."""

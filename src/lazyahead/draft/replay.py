@@ -15,7 +15,7 @@ FREE_ROWS = RowCost([(1, 1.0)])
 
 @dataclass(frozen=True)
 class Replay:
-    """What a drafter did with recorded texts. Seconds are of this thread's CPU, modelled ones follow from the row costs."""
+    """What a drafter did with recorded texts. Seconds are CPU time; modelled ones follow from the row costs."""
 
     num_tokens: int
     num_steps: int

@@ -93,6 +93,12 @@ class Draft:
             node = self.parents[node]
         return nodes[::-1]
 
+    def within(self, depth: int) -> Self:
+        """The nodes at most this deep, in the same order; the draft itself where it is no deeper."""
+        if not len(self) or max(self.depths) <= depth:
+            return self
+        return self._take([node for node, its_depth in enumerate(self.depths) if its_depth <= depth])
+
     def best(self, num_nodes: int) -> Self:
         """The `num_nodes` likeliest nodes, in the same order; the draft itself where it has no more than that."""
         if num_nodes >= len(self):

@@ -2,14 +2,14 @@
 
 import warnings
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lazyahead.draft.answers import AnswerLog
 from lazyahead.draft.budget import MAX_DEPTH, Acceptance
 from lazyahead.draft.grow import Branch, Mode, grow
 from lazyahead.draft.tree import Draft, Source
-from lazyahead.draft.trie import TokenTrie
+from lazyahead.draft.trie import SEPARATOR, TokenTrie
 from lazyahead.errors import ConfigError, MemoryFileError
 
 
@@ -89,8 +89,8 @@ class TrieDrafter:
             return Namespace(None)
         if name not in self._namespaces:
             namespace = Namespace(TokenTrie(self.branch_length, capacity_bytes=self.capacity_bytes))
-            for tokens in self.log.answers(name) if self.log is not None else ():
-                namespace.remember(tokens)
+            if self.log is not None:
+                namespace.load(self.log.answers(name))
             self._namespaces[name] = namespace
         return self._namespaces[name]
 
@@ -106,6 +106,17 @@ class Namespace:
         if self.shared is not None:
             self.shared.extend(tokens)
             self.shared.end_sequence()
+
+    def load(self, answers: Iterable[Sequence[int]]) -> None:
+        """Remember many, several at a time: long sequences are indexed ten times as fast as short ones."""
+        together: list[int] = []
+        num_at_once = min(self.shared.max_tokens // 8, 1 << 14) if self.shared is not None else 0
+        for tokens in answers:
+            together += (*tokens, SEPARATOR)
+            if len(together) > num_at_once:
+                self.remember(together)
+                together = []
+        self.remember(together)
 
 
 _PATIENCE = 8  # misses in a row before lookups are skipped

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lazyahead.hf.load import max_context
 from lazyahead.hf.look import Call, Entry, Look, Mask, Unfit, all_configs, look
+from lazyahead.hf.rope import Rope, growing_rope
 from lazyahead.prefill.schedule import LayerShape
 
 ATTENTION_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Layer types whose whole memory is keys and values by position."""
 _HONOURED = {"scaling", "sliding_window", "softcap", "s_aux", "is_causal", "dropout", "position_ids", "cache_position"}
 """What attention may be called with: heeded, or without effect on which token sees what. Flags (bool) aside."""
-_GROWING_ROPE = frozenset({"dynamic", "longrope"})
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _FARTHEST = 1 << 20
 """Windows that are wider than this are none."""
@@ -56,8 +56,8 @@ class Anatomy:
     plans: tuple[dict[int | str, Plan], ...]
     """Per layer: the tables among its arguments, by place or name."""
     num_tables: int
-    tables_depend_on_length: bool
-    """Rotary tables change with the longest position in a pass: requests then travel alone and unsplit."""
+    rope: Rope | None
+    """Rotary tables that change with the longest position in a pass: requests then travel alone and unsplit."""
 
     @property
     def num_layers(self) -> int:
@@ -119,7 +119,7 @@ def dissect(model: PreTrainedModel) -> Anatomy:
         widths=tuple(call.query.shape[1] * call.query.shape[3] for call in calls),
         plans=plans,
         num_tables=len(tables),
-        tables_depend_on_length=_rope_grows(model),
+        rope=growing_rope(model),
     )
 
 
@@ -256,19 +256,3 @@ def _plan(name: int | str, short: Any, long: Any, tables: dict[tuple[int, int, i
     if len(dims) > 1:
         raise Unfit(f"argument {name} of its layers belongs to pairs of tokens")
     return tables.setdefault((id(short), id(long), dims[0]), Table(len(tables), dims[0]))
-
-
-def _rope_grows(model: PreTrainedModel) -> bool:
-    """Asks the rotary modules; the config only where there are none."""
-    kinds = set(_words(getattr(module, "rope_type", None) for module in model.modules()))
-    if not kinds:
-        parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-        groups = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-        kinds = set(_words(group.get("rope_type") for group in groups))
-    return bool(kinds & _GROWING_ROPE)
-
-
-def _words(values: Iterator[Any]) -> Iterator[str]:
-    """Rotary types are a word, or a dict of them by layer type."""
-    for value in values:
-        yield from (word for word in (value.values() if isinstance(value, dict) else (value,)) if isinstance(word, str))

@@ -8,7 +8,7 @@ speak). Nothing stays attached outside `with runner.attached()`, and outside `ru
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -58,7 +58,11 @@ class Runner:
     @property
     def travels_alone(self) -> bool:
         """Rotary tables depend on the longest position in a pass, so requests must not share one, nor be split."""
-        return self.anatomy.tables_depend_on_length
+        return self.anatomy.rope is not None
+
+    def may_draft(self, start: int, end: int) -> bool:
+        """Whether drafts up to position `end` leave the tables of the root at `start` as they are without drafts."""
+        return self.anatomy.rope is None or self.anatomy.rope.is_steady(start, end)
 
     @contextmanager
     def attached(self) -> Iterator[Runner]:
@@ -84,7 +88,7 @@ class Runner:
         self._speak = self._speaking_rows(flights)
         token = _current.set(Pass(flights, self.anatomy))
         try:
-            with switched(self.anatomy.configs, ATTENTION):
+            with switched(self.anatomy.configs, ATTENTION), self._as_new():
                 output = self.model(
                     input_ids=torch.tensor([ids], device=device),
                     position_ids=positions[None],
@@ -99,6 +103,9 @@ class Runner:
             raise OutOfMemoryError(f"no memory left on {device} for {len(ids)} rows; shorten the prompt") from error
         finally:
             _current.reset(token)
+
+    def _as_new(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.anatomy.rope is None else self.anatomy.rope.as_new()
 
     def _speaking_rows(self, flights: Sequence[Flight]) -> Tensor:
         rows, offset = [], 0

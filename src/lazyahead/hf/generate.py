@@ -140,7 +140,8 @@ class _Method:
             raise RequestError(f"max_length {config.max_length} leaves no room behind a prompt of {ids.numel()} tokens")
 
         def accept(token: int, request: Request) -> str | None:
-            scores = None if request.scores is None else tuple(score[None] for score in request.scores)
+            known = request.scores
+            scores = None if known is None else tuple(score[None] for score in known[: len(request.answer)])
             done = stopping_criteria(request.prefix(()).to(ids.device), scores)
             return "stop" if bool(done.all()) else None
 
@@ -180,6 +181,7 @@ def _refuse(config: GenerationConfig, processors: LogitsProcessorList, model_kwa
         "encoder_outputs": model_kwargs.get("encoder_outputs") is not None,
     }
     named = [name for name, is_asked in asked.items() if is_asked]
+    named += [name for name, value in model_kwargs.items() if name not in _KNOWN and _says_something(value)]
     if named:
         raise RequestError(
             f"{', '.join(named)} cannot be combined with lazyahead; leave it out, or call plain generate"
@@ -187,6 +189,16 @@ def _refuse(config: GenerationConfig, processors: LogitsProcessorList, model_kwa
     cache = model_kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise RequestError("past_key_values that already hold tokens cannot be continued; use a lazyahead Session")
+
+
+_KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
+"""Model inputs that are heeded, checked elsewhere, or without effect on the text. Pictures and the like are not."""
+
+
+def _says_something(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_says_something(part) for part in value.values())
+    return bool(value.any()) if isinstance(value, Tensor) else value is not None and value is not False
 
 
 def _starts(input_ids: Tensor, model_kwargs: dict[str, Any]) -> list[int]:
@@ -212,6 +224,8 @@ def _starts(input_ids: Tensor, model_kwargs: dict[str, Any]) -> list[int]:
 
 def _of_row(processors: LogitsProcessorList, row: int, num_rows: int) -> LogitsProcessorList:
     """The processors for one row of the batch, which they see as a batch of one: what they hold per row is cut out."""
+    if num_rows == 1:
+        return processors
     mine = LogitsProcessorList()
     for processor in processors:
         if isinstance(processor, PrefixConstrainedLogitsProcessor):

@@ -50,6 +50,10 @@ class PlainRunner:
         device: torch.device = self.model.device
         return device
 
+    def may_draft(self, start: int, end: int) -> bool:
+        """Never: what was written cannot be taken back."""
+        return False
+
     @contextmanager
     def attached(self) -> Iterator[PlainRunner]:
         """Nothing to attach."""

@@ -8,7 +8,7 @@ One operation serves prefill, decoding and the next turn (LazyLLM, sections 3.1 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -64,7 +64,9 @@ class Flight:
         reading: Reading | None = None,
         limit: int | None = None,
     ) -> None:
+        session.mark()
         self.session, self.config, self.reading, self.limit = session, config, reading, limit
+        self._reading_before = replace(reading) if reading is not None else None
         self.token_ids, self.num_drafts, self._ancestors = token_ids, len(depths), ancestors
         start = len(session)
         resumes = reading is not None and reading.stage is not None
@@ -93,6 +95,14 @@ class Flight:
         if self.reading is None:
             return range(len(self.token_ids))
         return [len(self.token_ids) - 1] if self.has_last or self._is_blank else []
+
+    def undo(self) -> bool:
+        """The pass was broken off: takes it back, unless it was committed. Tells whether it was taken back."""
+        is_undone = self.session.rollback()
+        if is_undone and self.reading is not None and self._reading_before is not None:
+            for known in fields(Reading):
+                setattr(self.reading, known.name, getattr(self._reading_before, known.name))
+        return is_undone
 
     def entered_tokens(self, accepted: Sequence[int]) -> list[int]:
         """Tokens of this pass that the session now has: all but the drafts that were not accepted."""

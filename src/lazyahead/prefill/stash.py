@@ -18,6 +18,7 @@ class Stash:
     def __init__(self) -> None:
         self._hidden, self._positions, self._slots, self._live = Growing(), Growing(), Growing(), Growing()
         self._num_live = 0
+        self._mark, self._taken = 0, list[Tensor]()
 
     def __len__(self) -> int:
         """Tokens that wait here."""
@@ -61,9 +62,23 @@ class Stash:
 
     def take(self, entries: Tensor) -> tuple[Tensor, Tensor]:
         """Revives live `entries`: their hidden states (T, d) and positions (T,); they no longer wait."""
+        self._taken.append(entries)
         self._live.rows[entries] = False
         self._num_live -= entries.numel()
         return self.hidden[entries], self.positions[entries]
+
+    def mark(self) -> None:
+        """A pass begins, which `rollback` undoes."""
+        self._mark, self._taken = len(self._live), []
+
+    def rollback(self) -> None:
+        """As at the latest `mark`: what came since leaves, what was taken since waits again."""
+        for part in (self._hidden, self._positions, self._slots, self._live):
+            part.cut(self._mark)
+        for entries in self._taken:
+            self._live.rows[entries] = True
+        self._num_live = int(self._live.rows.sum()) if self._mark else 0
+        self._taken = []
 
     def compact(self) -> None:
         """Frees the room of revived entries once they are the larger part."""

@@ -32,9 +32,11 @@ NEAR = (0.0, *(math.exp(-distance / 40) for distance in range(150)))  # the same
 KEY_STRENGTH = 4.0
 # What the heads look for: weights of the token, the previous one and the window. All ask for the token: a window alone
 # matches best with itself.
-QUERIES = ((1.6, 1.0, 0.5), (1.6, 0.5, 0.8), (1.6, 0.3, 1.0), (1.6, 0.0, 1.2))
-KEYS = ((1.0, 1.0, 0.7), (1.0, 0.5, 1.0))
+QUERIES = ((2.0, 1.4, 0.4), (2.0, 1.0, 0.5), (2.0, 0.8, 0.6), (2.0, 0.4, 0.8))
+KEYS = ((1.0, 1.0, 0.5), (1.2, 0.8, 0.7))
 SHARED = 0.6  # how much tokens have in common that differ only in case or a leading space
+CODE_SHARE, TOPIC_SHARE, OUTPUT_SHARE = 0.5, 0.5, 0.7  # lengths of a token's parts
+GATHERED = (0.13, 0.1, 0.15, 0.4)  # scale of what each gathering head writes; windows are means and need more
 RARE = 0.002  # tokens more frequent than this are less of a topic
 TOKEN_NORM = 0.7  # length of a token embedding; the gathered codes get a similar length
 
@@ -83,19 +85,19 @@ class Match:
     near: bool = False
 
 
-MATCHES = {3: Match(1.6, 0.04, near=True), 4: Match(1.6, 0.06), 5: Match(1.7, 0.06), 6: Match(2.0, 0.12)}
+MATCHES = {3: Match(1.8, 0.05, near=True), 4: Match(1.8, 0.1), 5: Match(2.0, 0.1), 6: Match(2.2, 0.1)}
 
 
 @dataclass(frozen=True)
 class Frames:
-    """Orthonormal directions of the residual stream: where tokens live and where gathered codes are written."""
+    """Orthonormal directions of the residual stream, (CODE, D) each: three parts of a token, three of its context."""
 
-    token: Tensor  # (T, D), rows
-    code: Tensor  # (CODE, D), rows inside the token space: which token it is
-    topic: Tensor  # (CODE, D), likewise: what the token is about; short for frequent tokens
-    previous: Tensor  # (CODE, D)
-    before: Tensor  # (CODE, D): the token before the previous one
-    window: Tensor  # (CODE, D)
+    code: Tensor  # which token it is
+    topic: Tensor  # what the token is about; short for frequent tokens
+    output: Tensor  # the code again; copies are written here, where no query, key or value reads
+    previous: Tensor  # code of the previous token
+    before: Tensor  # code of the token before that
+    window: Tensor  # topics of the last tokens
 
 
 def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
@@ -111,14 +113,11 @@ def build_model(size: Size, vocabulary: Vocabulary, seed: int = 0) -> SmolLM3For
     model = SmolLM3ForCausalLM(size.config(len(vocabulary.stems)))
     generator = torch.Generator().manual_seed(seed)
     basis = _orthonormal(size.width, size.width, generator)
-    num_token = size.width - 3 * CODE
-    token = basis[:num_token]
-    previous, before, window = basis[num_token:].view(3, CODE, -1)
-    frames = Frames(token, token[:CODE], token[CODE : 2 * CODE], previous, before, window)
+    frames = Frames(*basis[: 6 * CODE].view(6, CODE, -1))
     with torch.no_grad():
-        embeddings = _token_vectors(vocabulary, num_token, generator) @ token  # (V, D)
-        model.model.embed_tokens.weight.copy_(TOKEN_NORM * embeddings)
-        model.model.norm.weight.fill_(1.2)
+        vectors = _token_vectors(vocabulary, frames, generator)
+        model.model.embed_tokens.weight.copy_(TOKEN_NORM * vectors)
+        model.model.norm.weight.fill_(2.0)
         for layer in model.model.layers:  # everything that is not the circuit starts almost silent
             layer.self_attn.o_proj.weight.mul_(0.1)
             layer.mlp.down_proj.weight.mul_(0.1)
@@ -130,16 +129,16 @@ def build_model(size: Size, vocabulary: Vocabulary, seed: int = 0) -> SmolLM3For
     return model
 
 
-def _token_vectors(vocabulary: Vocabulary, dim: int, generator: torch.Generator) -> Tensor:
-    """Unit vectors inside the token space, (V, dim): a code, a topic, and the rest.
+def _token_vectors(vocabulary: Vocabulary, frames: Frames, generator: torch.Generator) -> Tensor:
+    """Unit vectors of all tokens, (V, D).
 
-    Tokens of one stem ("The", " the") share most of code and topic; the topic of a frequent token is short.
+    Tokens of one stem ("The", " the") share most of their code and topic; the topic of a frequent token is short.
     """
-    own = torch.randn(len(vocabulary.stems), dim, generator=generator)
-    shared = torch.randn(len(vocabulary.stems), dim, generator=generator)[vocabulary.stems]
-    vectors = math.sqrt(SHARED) * shared + math.sqrt(1 - SHARED) * own
-    vectors[:, 2 * CODE :] = own[:, 2 * CODE :]
-    vectors[:, CODE : 2 * CODE] *= (RARE / vocabulary.frequencies).sqrt().clamp(max=1.0)[:, None]
+    own = torch.randn(2, len(vocabulary.stems), CODE, generator=generator)
+    shared = torch.randn(2, len(vocabulary.stems), CODE, generator=generator)[:, vocabulary.stems]
+    code, topic = F.normalize(math.sqrt(SHARED) * shared + math.sqrt(1 - SHARED) * own, dim=-1)
+    topic *= (RARE / vocabulary.frequencies).sqrt().clamp(max=1.0)[:, None]
+    vectors = CODE_SHARE * code @ frames.code + TOPIC_SHARE * topic @ frames.topic + OUTPUT_SHARE * code @ frames.output
     return F.normalize(vectors, dim=1)
 
 
@@ -179,11 +178,9 @@ def _place_gather(model: SmolLM3ForCausalLM, size: Size, frames: Frames) -> None
     attention.o_proj.weight.zero_()
     for group, code in enumerate((frames.code, frames.topic)):
         attention.v_proj.weight[group * dim : group * dim + CODE] = code
-    # A token's code has length sqrt(D * CODE / T) after the norm; scale it to the length of a token.
-    unit = TOKEN_NORM / math.sqrt(size.width * CODE / len(frames.token))
-    targets = [(frames.previous, 1.0), (frames.before, 0.8), (frames.window, 1.5), (frames.window, 4.0)]
-    for head, (target, scale) in enumerate(targets):
-        attention.o_proj.weight[:, head * dim : head * dim + CODE] = target.T * unit * scale
+    targets = zip((frames.previous, frames.before, frames.window, frames.window), GATHERED, strict=True)
+    for head, (target, length) in enumerate(targets):
+        attention.o_proj.weight[:, head * dim : head * dim + CODE] = target.T * length
 
 
 def _near_dims(size: Size) -> list[int]:
@@ -218,9 +215,7 @@ def _place_match(
 
     attention.q_proj.weight.copy_(torch.cat([mix(last, weights) for weights in QUERIES]))
     attention.k_proj.weight.copy_(torch.cat([mix(ahead, weights) for weights in KEYS]))
-    turn = _orthonormal(len(frames.token), len(frames.token), generator)
-    for group in range(2):  # the two groups copy different parts of the token
-        read = turn[group * dim : (group + 1) * dim] @ frames.token  # (head_dim or fewer, D)
-        attention.v_proj.weight[group * dim : group * dim + len(read)] = read
-        for head in (2 * group, 2 * group + 1):
-            attention.o_proj.weight[:, head * dim : head * dim + len(read)] = read.T * match.copy
+    for group in range(size.num_kv_heads):
+        attention.v_proj.weight[group * dim : group * dim + CODE] = frames.code
+    for head in range(size.num_heads):
+        attention.o_proj.weight[:, head * dim : head * dim + CODE] = frames.output.T * match.copy
