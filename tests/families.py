@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+torch.set_num_threads(1)  # models this small only wait for a second thread
 VOCAB_SIZE = 101
 WINDOW = 8
 BASE: dict[str, Any] = {
@@ -61,7 +62,8 @@ def build(model_type: str, std: float = 0.15, **overrides: Any) -> PreTrainedMod
     config = AutoConfig.for_model(model_type, **fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        attention = "eager" if fields.get("attn_logit_softcapping") else None  # older sdpa ignores soft caps
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
         spread_weights(model, std)
     model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0, bos_token_id=1)
     return model

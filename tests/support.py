@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
+import families
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import families
 from lazyahead.config import LazyPrefill, Lookahead
 from lazyahead.draft.drafter import Drafter
 from lazyahead.draft.tree import ROOT, Draft, Source
@@ -206,7 +206,9 @@ def _chain(tokens: Sequence[int]) -> Draft:
     return Draft(tokens, range(-1, len(tokens) - 1))
 
 
-def fake(behaviour: str, family: str, prefill: LazyPrefill | None, texts: Sequence[Sequence[int]], **options: Any) -> Any:
+def fake(
+    behaviour: str, family: str, prefill: LazyPrefill | None, texts: Sequence[Sequence[int]], **options: Any
+) -> Any:
     """A fake that knows how the engine answers these prompts without drafts."""
     answers = {tuple(text): answer(family, text, prefill, **options).answer for text in texts}
     return FakeDrafter(behaviour, answers)
@@ -334,7 +336,7 @@ class ByHand:
         return _entries(self.family, [list(token_ids)])[0][0][0]
 
 
-class _Seen(Exception):
+class _SeenError(Exception):
     """Enough was seen of a forward."""
 
 
@@ -346,11 +348,11 @@ def _entries(family: str, ids: list[list[int]], num_layers: int = 1) -> list[tup
     def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append((args[0] if args else kwargs["hidden_states"], kwargs))
         if len(found) == num_layers:
-            raise _Seen
+            raise _SeenError
 
     hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in anatomy.layers]
     try:
-        with suppress(_Seen), torch.no_grad():
+        with suppress(_SeenError), torch.no_grad():
             model(input_ids=torch.tensor(ids), use_cache=False)
     finally:
         for hook in hooks:

@@ -6,9 +6,6 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from lazyahead.config import LazyPrefill
-from lazyahead.prefill.score import LastToken, Random, Window
 from support import (
     BEHAVIOURS,
     LAZY,
@@ -24,8 +21,11 @@ from support import (
     request_for,
 )
 
+from lazyahead.config import LazyPrefill
+from lazyahead.prefill.score import LastToken, Random, Window
+
 FAMILIES = ["llama", "gemma2", "gemma3", "smollm3", "mistral_window"]
-few = settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite

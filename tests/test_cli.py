@@ -251,6 +251,7 @@ def test_weights_that_can_run_code_are_refused(capsys, model, tmp_path):
 def test_a_recurrent_model_is_told_how_to_run_and_runs_so(capsys, tmp_path):
     sizes = {"state_size": 4, "conv_kernel": 2, "expand": 2, "time_step_rank": 2, "use_mambapy": False}
     folder = str(save_model(tmp_path / "mamba", "mamba", **sizes))
+    capsys.readouterr()
     assert "--prefill off" in refused(capsys, "generate", TEXT, "-m", folder)
     assert run(["generate", TEXT, "-m", folder, "--prefill", "off", "--decode", "off", "--max-new-tokens", "3"]) == 0
     assert run(["doctor", "-m", folder, "--json"]) == 0

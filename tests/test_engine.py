@@ -6,11 +6,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from lazyahead.draft.drafter import NoDrafter
-from lazyahead.engine import Engine
-from lazyahead.errors import ConfigError
-from lazyahead.hf.forward import Runner
 from support import (
     LAZY,
     PREFILLS,
@@ -24,6 +19,12 @@ from support import (
     request_for,
     tiny,
 )
+
+from lazyahead.draft.drafter import NoDrafter
+from lazyahead.engine import Engine
+from lazyahead.errors import ConfigError
+from lazyahead.hf.forward import Runner
+from lazyahead.sampling import Picker
 
 FAMILIES = ["llama", "gemma2", "gemma3", "gpt_oss", "mistral_window", "smollm3", "llama4"]
 TEXTS = prompts(40, 57, 23)
@@ -46,7 +47,9 @@ def test_company_changes_no_text(family, name):
     for stall in (512, 11):
         engine = engine_for(family, PREFILLS[name], stall=stall)
         requests = [request_for(engine, text) for text in TEXTS]
-        finish(engine, requests, lambda: [check_invariants(request.session) for request in requests])
+        finish(engine, requests)
+        for request in requests:
+            check_invariants(request.session)
         assert [request.answer for request in requests] == alone
 
 
@@ -118,11 +121,11 @@ def test_long_prompts_beside_a_running_answer_hold_it_up_no_longer_than_the_boun
     assert max(runner.seen) <= stall + queries
 
 
-class Breaks(Exception):
-    pass
+class BreakError(Exception):
+    """Comes from outside."""
 
 
-@pytest.mark.parametrize("kind", [Breaks, KeyboardInterrupt])
+@pytest.mark.parametrize("kind", [BreakError, KeyboardInterrupt])
 @pytest.mark.parametrize("name", ["none", "lazy", "paper"])
 @pytest.mark.parametrize("layer", [0, 1, 3])
 def test_a_pass_that_breaks_off_is_as_if_it_had_never_begun(kind, name, layer):
@@ -152,6 +155,11 @@ def test_a_pass_that_breaks_off_is_as_if_it_had_never_begun(kind, name, layer):
     assert model.config._attn_implementation != "lazyahead"
 
 
+def step_on(engine):
+    while True:
+        engine.step()
+
+
 @pytest.mark.parametrize("where", ["accept", "emit", "processor"])
 def test_an_exception_of_the_callers_own_leaves_the_others_running(where):
     count = [0]
@@ -159,23 +167,16 @@ def test_an_exception_of_the_callers_own_leaves_the_others_running(where):
     def breaks(*_):
         count[0] += 1
         if count[0] == 4:
-            raise Breaks
+            raise BreakError
 
     engine = engine_for("llama", LAZY, fake("always", "llama", LAZY, TEXTS))
-    options = {"accept": breaks, "emit": breaks} if where != "processor" else {}
-    if where == "processor":
-        from lazyahead.sampling import Picker  # noqa: PLC0415
-
-        options = {"picker": Picker(lambda ids, scores: breaks() or scores)}
-    else:
-        options = {where: options[where]}
+    options = {where: breaks} if where != "processor" else {"picker": Picker(lambda _, scores: breaks() or scores)}
     bad, good = request_for(engine, TEXTS[0], 8, **options), request_for(engine, TEXTS[1], 8)
     with engine:
         engine.submit(bad)
         engine.submit(good)
-        with pytest.raises(Breaks):
-            while True:
-                engine.step()
+        with pytest.raises(BreakError):
+            step_on(engine)
         engine.cancel(bad)
         check_invariants(bad.session)
         while not engine.is_idle:

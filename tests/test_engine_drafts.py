@@ -5,6 +5,17 @@ from itertools import product
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import (
+    BEHAVIOURS,
+    PREFILLS,
+    FakeDrafter,
+    answer,
+    check_invariants,
+    engine_for,
+    finish,
+    prompts,
+    request_for,
+)
 from transformers import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
@@ -21,7 +32,6 @@ from lazyahead.config import Lookahead
 from lazyahead.draft.build import drafter_for
 from lazyahead.hf.processors import picker_for
 from lazyahead.sampling import Picker, Sampling
-from support import BEHAVIOURS, PREFILLS, FakeDrafter, answer, check_invariants, engine_for, finish, prompts, request_for
 
 TEXTS = prompts(40, 33)
 SETTINGS = {

@@ -5,12 +5,12 @@ from math import inf, nan
 
 import pytest
 import torch
+from support import FakeDrafter, answer, engine_for, finish, prompts, request_for, tiny
 
 from lazyahead import Sampling
 from lazyahead.errors import ConfigError
 from lazyahead.hf.processors import picker_for
 from lazyahead.sampling import Picker
-from support import FakeDrafter, answer, engine_for, finish, prompts, request_for, tiny
 
 TEXTS = prompts(20, 31)
 WARM = Sampling(temperature=1.0, seed=5)
@@ -34,7 +34,9 @@ def test_a_seed_gives_one_text_whatever_is_drafted_and_whoever_is_beside():
 
 def test_seeds_that_differ_in_any_bit_give_different_noise():
     like = torch.zeros(64)
-    noise = [Picker(do_sample=True, seed=seed)._noise(offset, like) for seed in (0, 1, 1 << 32, 1 << 62) for offset in (0, 1)]
+    noise = [
+        Picker(do_sample=True, seed=seed)._noise(offset, like) for seed in (0, 1, 1 << 32, 1 << 62) for offset in (0, 1)
+    ]
     for i, left in enumerate(noise):
         assert all(not torch.equal(left, right) for right in noise[i + 1 :])
     assert Picker(do_sample=True).seed != Picker(do_sample=True).seed
@@ -61,7 +63,9 @@ def test_a_drafted_answer_keeps_the_distribution_of_the_model():
         return {token: float(p) for token, p in enumerate(logits.softmax(-1)) if p > 0}
 
     expected = {(a, b): p * q for a, p in chances(text).items() for b, q in chances([*text, a]).items()}
-    drafter = FakeDrafter("sometimes", {tuple(text): [*max(expected, key=expected.get), 3]}, extra=[b for _, b in expected])
+    drafter = FakeDrafter(
+        "sometimes", {tuple(text): [*max(expected, key=expected.get), 3]}, extra=[b for _, b in expected]
+    )
     drawn = Counter()
     for seed in range(400):
         drafter.behaviour, drafter.seed = ("sometimes", "adversarial")[seed % 2], seed
@@ -82,7 +86,9 @@ def test_the_likeliest_token_is_taken_at_temperature_zero_and_processors_are_kep
 
 def test_an_answer_longer_than_any_room_made_for_it_is_seen_whole():
     seen = []
-    request = answer("llama", [3], None, num_tokens=400, accept=lambda _, r: seen.append(r) if len(r.answer) == 400 else None)
+    request = answer(
+        "llama", [3], None, num_tokens=400, accept=lambda _, r: seen.append(r) if len(r.answer) == 400 else None
+    )
     assert seen[0].prefix(())[0].tolist() == [3, *request.answer]
 
 

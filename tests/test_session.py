@@ -3,16 +3,29 @@
 import json
 from dataclasses import replace
 
+import families
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support import (
+    CALM,
+    KEEP_ALL,
+    LAZY,
+    PREFILLS,
+    ByHand,
+    check_invariants,
+    engine_for,
+    finish,
+    prompts,
+    request_for,
+    tiny,
+)
 
-import families
 from lazyahead import LLM, LazyPrefill, Lookahead, Sampling
 from lazyahead.config import PRESETS
 from lazyahead.errors import ConfigError, RequestError, SessionFileError
-from support import CALM, KEEP_ALL, LAZY, PREFILLS, ByHand, check_invariants, engine_for, finish, prompts, request_for, tiny
+from lazyahead.session_file import load_session, save_session
 
 DOCUMENT, FIRST, SECOND = prompts(60, 7, 9)
 SHORT = Sampling(max_new_tokens=8)
@@ -82,9 +95,10 @@ def test_a_text_that_shares_nothing_starts_anew():
     check_invariants(session)
 
 
+@pytest.mark.parametrize("name", ["lazy", "random_drop"])
 @pytest.mark.parametrize("num_tokens", [0, 1, 30, 59, 60, 64, 500])
-def test_what_is_cut_is_gone_and_the_rest_is_untouched(num_tokens):
-    model = llm(LAZY)
+def test_what_is_cut_is_gone_and_the_rest_is_untouched(num_tokens, name):
+    model = llm(PREFILLS[name])
     session = model.session()
     ask(model, DOCUMENT, session)
     text = session.token_ids
@@ -184,11 +198,31 @@ def test_a_session_read_back_goes_on_as_the_one_in_memory(tmp_path, name, family
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_keys_read_back_are_as_by_hand():
-    engine = engine_for("llama", LAZY)
+def test_what_is_read_back_is_revived_as_by_hand(tmp_path):
+    engine, model = engine_for("llama", LAZY), tiny("llama")[0]
     session, hand = engine.new_session(), ByHand("llama")
     finish(engine, [request_for(engine, DOCUMENT, 5, session)], lambda: hand.follow(session))
-    assert hand.num_checked == sum(len(kv) for kv in session.kv)
+    save_session(session, tmp_path / "a", model, LAZY)
+    again = load_session(tmp_path / "a", model, LAZY, engine.new_session())
+    before = again.num_revived
+    finish(engine, [request_for(engine, [*again.history, *SECOND], 9, again)], lambda: hand.follow(again))
+    assert again.num_revived > before
+    assert hand.num_checked == sum(len(kv) for kv in again.kv)
+
+
+def test_a_model_with_a_state_of_its_own_starts_anew_after_a_pass_that_broke_off(monkeypatch):
+    inner = families.build("mamba", state_size=8, hidden_size=32, num_attention_heads=..., head_dim=...)
+    model = LLM(inner, prefill=None)
+    session = model.session()
+    first = ask(model, DOCUMENT, session)[0]
+    stream = model.stream([*DOCUMENT, *first, *SECOND], sampling=SHORT, session=session)
+    next(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(inner), "forward", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+    assert not session.in_use
+    assert ask(model, DOCUMENT, session)[0] == first
 
 
 def test_a_session_of_another_model_or_schedule_is_refused(saved):
@@ -216,7 +250,7 @@ def test_a_file_cut_short_is_refused(saved, share):
 
 
 def test_what_is_no_session_is_refused(saved, tmp_path):
-    model, _, path = saved
+    model = saved[0]
     (tmp_path / "text").write_text("hello, this is some text and no session at all")
     save_file({"a": torch.zeros(3)}, tmp_path / "tensors")
     for name, message in (("text", "damaged"), ("tensors", "no lazyahead session"), ("none", "no session at")):

@@ -231,8 +231,6 @@ class Engine:
 
     def _read(self, request: Request, limit: int | None) -> Flight:
         reading, start = request.reading, len(request.session)
-        if request.drafts is None and self.decode is not None:
-            request.drafts = self.drafter.start(request.prompt, self.decode.namespace)
         token_ids: Sequence[int] = request.prompt[-1:]  # carries on what was chosen: one row keeps its place
         if reading.stage is None:
             queries = self.prefill.scorer.queries if self.prefill is not None else 1
@@ -241,6 +239,8 @@ class Engine:
 
     def _walk(self, request: Request, flight: Flight, rows: Tensor) -> tuple[list[int], list[int]]:
         """Follows the model's own choices through the draft."""
+        if request.drafts is None and self.decode is not None:  # indexed while a GPU still computes the pass
+            request.drafts = self.drafter.start(request.prompt, self.decode.namespace)
         picker = request.picker
         likeliest = rows.argmax(-1).tolist() if picker.is_plain and request.scores is None else None
 

@@ -96,6 +96,7 @@ class Session:
         self.pending = []
         if num_tokens >= len(self):
             return
+        num_before = len(self)
         del self.token_ids[num_tokens:]
         self.prompt_len = min(self.prompt_len, num_tokens)
         for layer, kv in enumerate(self.kv):
@@ -107,9 +108,9 @@ class Session:
                 self.prefill_lens[layer] = int((stayed < self.prefill_lens[layer]).sum())
             if layer + 1 in self.stashes:
                 self.stashes[layer + 1].crop(num_tokens, stayed, num_slots)
-        if 0 in self.stashes:
-            everything = torch.arange(num_tokens, device=self.kv[0].positions.device)
-            self.stashes[0].crop(num_tokens, everything, num_tokens + 1)
+        if 0 in self.stashes and len(self.stashes[0]):
+            below = torch.arange(num_tokens, device=self.stashes[0].slots.device)  # slots are positions there
+            self.stashes[0].crop(num_tokens, below, num_before)
 
     def commit(self, tokens: Sequence[int], num_drafts: int, accepted: Sequence[int]) -> None:
         """After a pass by which `tokens` have entered: of its `num_drafts` draft rows keeps those at `accepted`."""

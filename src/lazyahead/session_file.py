@@ -89,8 +89,7 @@ def _fill(session: Session, header: dict[str, str], tensors: dict[str, Tensor]) 
         session.tables.append(table)
     num_waiting = 0
     for layer, kv in enumerate(session.kv):
-        stash = session.stashes.get(layer)
-        num_waiting += len(stash) if stash is not None else 0
+        num_waiting += len(session.stashes[layer]) if layer in session.stashes else 0
         if len(kv) + num_waiting != len(session):
             raise ValueError(f"{len(session)} tokens, but {len(kv)} cached and {num_waiting} waiting at layer {layer}")
     return session

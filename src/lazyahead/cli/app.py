@@ -11,6 +11,7 @@ from lazyahead.cli.bench import app as bench
 from lazyahead.cli.chat import chat
 from lazyahead.cli.doctor import doctor
 from lazyahead.cli.generate import generate
+from lazyahead.cli.memory import app as memory
 from lazyahead.cli.verify import verify
 
 app = typer.Typer(
@@ -41,3 +42,4 @@ app.command()(chat)
 app.command()(doctor)
 app.command()(verify)
 app.add_typer(bench, name="bench", help="Measure, beside plain transformers.")
+app.add_typer(memory, name="memory", help="Look into a memory of answers, add to it, clear it.")

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from lazyahead.cli import options
 from lazyahead.cli.bench_decode import bench_decode
+from lazyahead.cli.bench_replay import bench_replay
 from lazyahead.cli.output import print_json, record, seconds, tables
 from lazyahead.errors import ConfigError
 
@@ -25,6 +26,7 @@ COLUMNS = (
 
 app = typer.Typer(no_args_is_help=True)
 app.command("decode")(bench_decode)
+app.command("replay")(bench_replay)
 
 
 @app.callback()

@@ -33,7 +33,7 @@ def bench_decode(
         Path | None, typer.Option(help="Answer these instead: JSON lines with `prompt`, or Spec-Bench's.")
     ] = None,
     length: Annotated[int, typer.Option(min=1, help="Prompt tokens, about.")] = 4096,
-    answers: Annotated[int, typer.Option(min=1, help="Prompts of each workload.")] = 4,
+    answers: Annotated[int, typer.Option(min=1, help="Prompts of each workload.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest answer, in tokens.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Requests answered at the same time.")] = 1,
     memory: Annotated[

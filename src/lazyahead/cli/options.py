@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lazyahead.errors import ConfigError, UnsupportedModelError
+from lazyahead.errors import ConfigError
 
 if TYPE_CHECKING:
     from lazyahead.config import LazyPrefill, Lookahead
@@ -63,10 +63,7 @@ class Loading:
         with waiting("loading"), quiet_transformers():
             from lazyahead.llm import LLM  # noqa: PLC0415  (torch takes seconds to import: not for --help)
 
-            try:
-                llm = LLM(**given)
-            except UnsupportedModelError as error:
-                raise UnsupportedModelError(f"{error} (here: --prefill off --decode off)") from None
+            llm = LLM(**given)
         if self.model is None:
             llm.name = BUILT_IN
         return llm

@@ -48,7 +48,9 @@ class Rows(NamedTuple):
 
 
 def attend(query: Tensor, kv: LayerKV, rows: Rows, heads: Heads) -> Tensor:
-    """Attention of T rows (query (1, H, T, D)) over a layer's keys, whose last T are the rows' own: (1, H, T, D_v)."""
+    """Attention of T rows (query (1, H, T, D)) over a layer's keys, whose last T are the rows' own: (1, H, T, D_v).
+
+    A row that comes alone is the last of its text: no key lies behind it."""
     num_rows, num_keys = query.shape[2], len(kv)
     plain = heads.softcap is None and heads.sinks is None
     whole = _sees_everything(rows, heads)
@@ -70,7 +72,7 @@ def attention_of(query: Tensor, kv: LayerKV, rows: Rows, heads: Heads) -> Tensor
     """The attention itself, (H, Q, N) in fp32, that the last Q rows (query (1, H, Q, D)) pay: small Q only."""
     num_queries, num_keys = query.shape[2], len(kv)
     mask = None
-    if num_queries > 1 or not _sees_everything(rows, heads):
+    if num_queries > 1 or rows.ancestors is not None or not _sees_everything(rows, heads):
         mask = _mask(rows, slice(rows.positions.numel() - num_queries, None), kv.positions, heads)
     return _weights(query, kv.keys, mask, heads)[0].view(-1, num_queries, num_keys)
 

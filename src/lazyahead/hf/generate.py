@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
     PrefixConstrainedLogitsProcessor,
     PreTrainedModel,
     StoppingCriteriaList,
+    StopStringCriteria,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -50,15 +53,22 @@ def accelerate(
     """
     accelerated = Accelerated(engine_for(model, None, prefill, decode))
     before = model.__dict__.get("generate")
-    plain = model.generate
+    plain = getattr(before, "_lazyahead_plain", model.generate)  # of nested blocks the inner one counts
 
-    def generate(*args: Any, streamer: Any = None, **kwargs: Any) -> Any:
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        kwargs = _with_stop_strings(model, {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs})
         for name in ("custom_generate", "assistant_model", "past_key_values", "inputs_embeds"):
             if kwargs.get(name) is not None:
                 raise RequestError(f"{name} cannot be used inside accelerate(); call model.generate outside it")
-        method = _Method(accelerated, streamer)
-        return plain(*args, custom_generate=method, **kwargs)
+        kwargs["custom_generate"] = _Method(accelerated, kwargs.pop("streamer", None))
+        own = model.generation_config
+        stop_strings, own.stop_strings = own.stop_strings, None
+        try:
+            return plain(**kwargs)
+        finally:
+            own.stop_strings = stop_strings
 
+    generate._lazyahead_plain = plain  # type: ignore[attr-defined]
     model.generate = generate
     try:
         yield accelerated
@@ -80,6 +90,25 @@ def custom_generate(
         return _Method(Accelerated(engine_for(model, None, prefill, decode)), streamer)(model, input_ids, **kwargs)
 
     return method
+
+
+_ARGUMENTS = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
+
+
+def _with_stop_strings(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """transformers loses the tokenizer on its way to a method that is not its own, so the criterion is made here."""
+    tokenizer = kwargs.pop("tokenizer", None)
+    config = kwargs.get("generation_config") or model.generation_config
+    strings = kwargs.pop("stop_strings", None) or config.stop_strings
+    if not strings:
+        return kwargs
+    if tokenizer is None:
+        raise RequestError(f"stop_strings {strings!r} need the model's tokenizer; pass tokenizer=...")
+    if config is not model.generation_config and config.stop_strings:
+        kwargs["generation_config"] = copy.deepcopy(config)
+        kwargs["generation_config"].stop_strings = None
+    criteria = [*(kwargs.get("stopping_criteria") or ()), StopStringCriteria(tokenizer, strings)]
+    return {**kwargs, "stopping_criteria": StoppingCriteriaList(criteria)}
 
 
 class _Method:

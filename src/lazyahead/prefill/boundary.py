@@ -315,5 +315,5 @@ def part_len(remaining: int, limit: int | None, num_queries: int) -> int:
     """Rows of the next part: at most `limit`, but the last part holds every row that scores."""
     if limit is None or remaining <= limit:
         return remaining
-    part = min(limit, remaining - num_queries)
-    return part if part > 0 else remaining
+    part = min(max(2, limit), remaining - num_queries)
+    return part if part > 1 else remaining  # a row that flies alone is the last: nothing cached lies behind it

@@ -27,11 +27,11 @@ from lazyahead.reader.vocabulary import study
 PLANS: dict[str, tuple[Stage, ...]] = {
     "small": (
         Stage(length=512, batch=4, steps=40, lr_start=0.0, lr_end=5e-4, dense=0.5),
-        Stage(length=512, batch=4, steps=660, lr_start=5e-4, lr_end=5e-4, dense=0.5),
-        Stage(length=1024, batch=2, steps=500, lr_start=5e-4, lr_end=5e-4, dense=0.3),
-        Stage(length=2048, batch=1, steps=400, lr_start=5e-4, lr_end=3e-4, dense=0.2),
-        Stage(length=4096, batch=1, steps=160, lr_start=3e-4, lr_end=1e-4),
-        Stage(length=8192, batch=1, steps=40, lr_start=1e-4, lr_end=2e-5),
+        Stage(length=512, batch=4, steps=560, lr_start=5e-4, lr_end=5e-4, dense=0.5),
+        Stage(length=1024, batch=2, steps=200, lr_start=5e-4, lr_end=5e-4, dense=0.3),
+        Stage(length=2048, batch=1, steps=250, lr_start=5e-4, lr_end=4e-4, dense=0.1),
+        Stage(length=4096, batch=1, steps=130, lr_start=4e-4, lr_end=1.5e-4),
+        Stage(length=8192, batch=1, steps=25, lr_start=1.5e-4, lr_end=2e-5),
     ),
     "large": (
         Stage(length=256, batch=256, steps=60, lr_start=0.0, lr_end=1.5e-3, repeats=0.3, dense=0.6),
