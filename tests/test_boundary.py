@@ -25,7 +25,7 @@ from lazyahead.config import LazyPrefill
 from lazyahead.prefill.score import LastToken, Random, Window
 
 FAMILIES = ["llama", "gemma2", "gemma3", "smollm3", "mistral_window"]
-few = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lazyahead.reader import Sample, reader_path, samples, score
 from lazyahead.reader import metrics as measure
-from lazyahead.reader.batches import ANSWER_WEIGHT, Stage, make_batch
+from lazyahead.reader.batches import ANSWER_WEIGHT, make_batch
 from lazyahead.reader.circuit import SIZES, Size, build_model
+from lazyahead.reader.plans import Stage
 from lazyahead.reader.train import Run, train
 from lazyahead.reader.vocabulary import study
 

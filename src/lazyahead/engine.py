@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,36 +17,12 @@ from lazyahead.draft.drafter import Drafter, NoDrafter
 from lazyahead.draft.tree import Draft
 from lazyahead.draft.verify import walk
 from lazyahead.errors import ConfigError
-from lazyahead.prefill.boundary import Flight, part_len
+from lazyahead.prefill.boundary import Flight
+from lazyahead.prefill.reading import part_len
 from lazyahead.prefill.schedule import boundaries
 from lazyahead.request import Request
+from lazyahead.runner import Runner
 from lazyahead.session import Session
-
-
-class Runner(Protocol):
-    """What runs passes: `hf.forward.Runner`, or `hf.plain.PlainRunner` for models that only decode."""
-
-    on_layer: Callable[[int], None] | None
-
-    def attached(self) -> AbstractContextManager[Any]: ...
-
-    def run(self, flights: Sequence[Flight]) -> Tensor: ...
-
-    @property
-    def num_layers(self) -> int: ...
-
-    @property
-    def attends_fully(self) -> Sequence[bool]: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def travels_alone(self) -> bool:
-        """Requests must not share passes and prompts must not be split."""
-
-    def may_draft(self, start: int, end: int) -> bool:
-        """Whether drafts up to position `end` leave the root at `start` as it is without them."""
 
 
 class Engine:

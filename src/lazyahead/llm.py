@@ -25,6 +25,7 @@ from lazyahead.session_file import load_session, save_session
 from lazyahead.text import Detokenizer, Message, Prompt, StopStrings, encode_prompt, encode_turn
 
 Text = str | list[int]
+Texts = list[str] | list[list[int]]
 
 
 class LLM:
@@ -46,13 +47,14 @@ class LLM:
         decode: Lookahead | None = None,
         max_stall_rows: int = 512,
     ) -> None:
+        is_reader = model is None
         if model is None:
             model = reader_path()
         if isinstance(model, PreTrainedModel):
             self.name, self.model, self.tokenizer = str(model.config.name_or_path or "model"), model, tokenizer
         else:
-            self.name = str(model)
-            self.model, loaded = load(self.name, dtype, device)
+            self.name = "built-in reader" if is_reader else str(model)
+            self.model, loaded = load(str(model), dtype, device)
             self.tokenizer = tokenizer or loaded
         self.prefill, self.decode = prefill, decode
         self.support = probe(self.model)
@@ -119,12 +121,17 @@ class LLM:
 
     @overload
     def generate(
-        self, prompts: list[str] | list[list[int]], question: str | None = None, *, sampling: Sampling = ..., session: None = None
+        self,
+        prompts: list[str] | list[list[int]],
+        question: str | None = None,
+        *,
+        sampling: Sampling = ...,
+        session: None = None,
     ) -> list[Completion]: ...
 
     def generate(
         self,
-        prompts: str | list[str] | list[list[int]],
+        prompts: str | Texts,
         question: str | None = None,
         *,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lazyahead.draft.drafter import DraftRequest
 from lazyahead.draft.tree import Draft
-from lazyahead.prefill.boundary import Reading
+from lazyahead.prefill.reading import Reading
 from lazyahead.results import Stats
 from lazyahead.sampling import Picker
 from lazyahead.session import Session

@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from lazyahead.draft.budget import RowCost
-from lazyahead.engine import Runner
 from lazyahead.errors import ConfigError
 from lazyahead.prefill.boundary import Flight
+from lazyahead.runner import Runner
 from lazyahead.session import Session
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)

@@ -108,7 +108,7 @@ class Session:
                 self.prefill_lens[layer] = int((stayed < self.prefill_lens[layer]).sum())
             if layer + 1 in self.stashes:
                 self.stashes[layer + 1].crop(num_tokens, stayed, num_slots)
-        if 0 in self.stashes and len(self.stashes[0]):
+        if 0 in self.stashes and self.stashes[0].nbytes:
             below = torch.arange(num_tokens, device=self.stashes[0].slots.device)  # slots are positions there
             self.stashes[0].crop(num_tokens, below, num_before)
 

@@ -46,6 +46,7 @@ class DecodeRow:
     speedup_vs_prompt_lookup: float | None
     speedup_vs_cold: float | None
     tokens_per_step: float
+    cold_tokens_per_step: float | None
     rows_per_pass: float
     """Rows of a decoding pass, drafts included."""
     ideal_speedup: float
@@ -138,6 +139,7 @@ def _row(work: Workload, batch: int, rounds: Sequence[_Round], drafted: Meter, u
     answers = {side: [shot.answers for shot in taken] for side, taken in shots.items()}
     ahead = shots["lookahead"]
     num_timed, ttft_s = sum(shot.num_timed for shot in ahead), sum(shot.ttft_s for shot in ahead)
+    per_token = num_timed / max(1, sum(shot.num_timed for shot in shots["plain"]))  # texts may differ in length
     cost, is_comparable = row_cost(drafted, undrafted), "baseline" in answers and work.sampling.temperature == 0
 
     def over(side: str) -> float | None:
@@ -158,12 +160,17 @@ def _row(work: Workload, batch: int, rounds: Sequence[_Round], drafted: Meter, u
         speedup_vs_baseline=over("baseline"),
         speedup_vs_prompt_lookup=over("prompt_lookup"),
         speedup_vs_cold=over("cold"),
-        tokens_per_step=num_timed / max(1, sum(shot.num_steps for shot in ahead)),
+        tokens_per_step=_tokens_per_step(ahead),
+        cold_tokens_per_step=_tokens_per_step(shots["cold"]) if "cold" in shots else None,
         rows_per_pass=drafted.num_rows / max(1, drafted.num_passes),
-        ideal_speedup=undrafted.num_passes / max(1, drafted.num_passes),
-        modelled_speedup=undrafted.modelled_s(cost) / drafted.modelled_s(cost) if cost else None,
+        ideal_speedup=per_token * undrafted.num_passes / max(1, drafted.num_passes),
+        modelled_speedup=per_token * undrafted.modelled_s(cost) / drafted.modelled_s(cost) if cost else None,
         draft_us_per_token=1e6 * drafted.draft_s / max(1, num_timed),
         index_share=drafted.index_s / ttft_s if ttft_s else None,
         identical=answers["lookahead"] == answers["plain"],
         identical_to_baseline=answers["lookahead"] == answers["baseline"] if is_comparable else None,
     )
+
+
+def _tokens_per_step(shots: Sequence[Shot]) -> float:
+    return sum(shot.num_timed for shot in shots) / max(1, sum(shot.num_steps for shot in shots))

@@ -41,12 +41,15 @@ def workload(llm: LLM, name: str, length: int, count: int, max_new_tokens: int, 
 
 
 def stream_of_questions(llm: LLM, length: int, count: int, max_new_tokens: int, seed: int) -> Workload:
-    """Questions about one document, each for four of its facts, as users of one knowledge base ask them."""
+    """Questions about a few documents, each for four facts of one, in the mixed order in which users ask them."""
     chars = round((length - 40) * CHARS_PER_TOKEN["rag"])
-    world = World(random.Random(f"stream {length} {seed}"), "eval")
-    page = build_page("rag", world, chars)
-    exchanges = (page.exchanges * -(-count // len(page.exchanges)))[:count]
-    prompts = [llm.encode(page.document, question).token_ids for question, _ in exchanges]
+    rng = random.Random(f"stream {length} {seed}")
+    asked: list[tuple[str, str]] = []
+    while len(asked) < count:
+        page = build_page("rag", World(rng, "eval"), chars)
+        asked += [(page.document, question) for question, _ in page.exchanges]
+    rng.shuffle(asked)
+    prompts = [llm.encode(document, question).token_ids for document, question in asked[:count]]
     return Workload("stream", prompts, Sampling(max_new_tokens=max_new_tokens, seed=seed))
 
 

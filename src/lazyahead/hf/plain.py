@@ -42,7 +42,8 @@ class PlainRunner:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.on_layer: Callable[[int], None] | None = None
-        self._caches: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+        self._caches: weakref.WeakKeyDictionary[Any, tuple[int, dict[str, Any]]] = weakref.WeakKeyDictionary()
+        """Of each session, how many tokens were read, and what the model remembers of them."""
         self._accepts = set(inspect.signature(model.forward).parameters)
 
     @property
@@ -65,11 +66,11 @@ class PlainRunner:
         transformers use their recurrent state only then. Raises LazyAheadError when there is no way to go on."""
         (flight,) = flights
         token_ids, positions = list(flight.token_ids), flight.entering_positions
-        cache = self._caches.pop(flight.session, None)  # a pass that fails leaves none behind
-        if cache is None and int(positions[0]) > 0:
-            raise LazyAheadError("the state of this conversation was lost by a pass that failed; start a new one")
+        start, (num_read, cache) = int(positions[0]), self._caches.pop(flight.session, (0, {}))
+        if start not in (0, num_read):  # a pass that failed left nothing behind
+            raise LazyAheadError(f"the state after {start} tokens of this conversation was lost; start a new one")
         first = min(flight.speaks, default=len(token_ids))
-        if cache is None:
+        if start == 0:
             logits, cache = self._forward(token_ids, positions, {}, len(token_ids) - first)
         else:
             spoken: list[Tensor] = []
@@ -77,7 +78,7 @@ class PlainRunner:
                 row_logits, cache = self._forward([token_id], positions[row : row + 1], cache, int(row >= first))
                 spoken.append(row_logits)
             logits = torch.cat(spoken)
-        self._caches[flight.session] = cache
+        self._caches[flight.session] = (start + len(token_ids), cache)
         return logits[[row - first for row in flight.speaks]]
 
     def _forward(

@@ -8,7 +8,7 @@ One operation serves prefill, decoding and the next turn (LazyLLM, sections 3.1 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -16,33 +16,11 @@ from torch import Tensor
 from lazyahead.config import LazyPrefill
 from lazyahead.hf.attention import Heads, Rows, attend, attention_of
 from lazyahead.hf.cache import Growing
+from lazyahead.prefill.reading import Reading, part_len
 from lazyahead.prefill.schedule import Boundary
 from lazyahead.prefill.select import best, demanded
 from lazyahead.prefill.stash import Stash
 from lazyahead.session import Session
-
-
-@dataclass
-class Reading:
-    """How far the reading of one prompt has come. A prompt is read in one pass, or in parts beside other requests:
-    parts wait at the first boundary until the last token has chosen, then the chosen go on in parts, and so forth.
-    """
-
-    start: int
-    """First token of this turn."""
-    end: int
-    """Length of the prompt."""
-    prunes: bool
-    """Whether this turn's tokens may be deferred."""
-    question: tuple[int, int] | None = None
-    """Positions that always go on."""
-    num_entered: int = 0
-    """Tokens of this turn that have entered layer 0."""
-    stage: int | None = None
-    """Boundary at which chosen tokens wait to be carried on."""
-    wanted: Tensor | None = None
-    """Stash entries chosen there, by position."""
-    is_done: bool = False
 
 
 class Flight:
@@ -137,9 +115,8 @@ class Flight:
         stash = self.session.stashes[layer]
         if self.reading is not None and self.reading.stage == layer:
             return self._carry_on(stash, self.reading)
-        if self._is_blank or not self.num_rows or (self.reading is None and not self._asks_at(layer)):
-            return None
-        if self._nobody_asks(stash):
+        is_silent = self._is_blank or not self.num_rows or (self.reading is None and not self._asks_at(layer))
+        if is_silent or self._nobody_asks(stash):
             return None
         positions, row_slots = self._below(layer)
         if not self.has_last:
@@ -193,7 +170,8 @@ class Flight:
     def _choose(self, boundary: Boundary, stash: Stash, positions: Tensor, row_slots: Tensor) -> Tensor:
         """Which of the N tokens below go on, as a mask; in decoding also which drafts would ask for more."""
         config, scores = self.config, self._scores
-        assert config is not None and scores is not None
+        assert config is not None
+        assert scores is not None
         waiting = self._waiting(stash, positions, row_slots)
         chosen = self._selected(boundary, scores[0], positions, waiting)
         left = waiting & ~chosen
@@ -309,11 +287,3 @@ class Flight:
             reading.stage = None
             self.entered[-1] = 0  # the prompt's last token takes the place it speaks from
         return hidden
-
-
-def part_len(remaining: int, limit: int | None, num_queries: int) -> int:
-    """Rows of the next part: at most `limit`, but the last part holds every row that scores."""
-    if limit is None or remaining <= limit:
-        return remaining
-    part = min(max(2, limit), remaining - num_queries)
-    return part if part > 1 else remaining  # a row that flies alone is the last: nothing cached lies behind it

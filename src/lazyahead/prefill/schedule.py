@@ -34,7 +34,7 @@ def boundaries(schedule: Schedule, attends_fully: Sequence[bool], needs_attentio
     for depth, keep_ratio in schedule:
         layer = max(int(needs_attention), min(num_layers - 1, round(depth * num_layers)))
         if needs_attention and any(attends_fully):
-            layer = next((l for l in range(layer, num_layers) if attends_fully[l - 1]), layer)
+            layer = next((at for at in range(layer, num_layers) if attends_fully[at - 1]), layer)
         placed[layer] = min(keep_ratio, placed.get(layer, 1.0))
     return tuple(Boundary(layer, placed[layer]) for layer in sorted(placed) if 0 <= layer < num_layers)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lazyahead.reader.pages import Page
+from lazyahead.reader.plans import Stage
 from lazyahead.reader.prompt import READ_FIRST
 from lazyahead.reader.tasks import CHARS_PER_TOKEN, build_page
 from lazyahead.reader.world import World
@@ -25,22 +26,6 @@ TASK_WEIGHTS = {
     "rag": 2.0,
 }
 ONCE = {"summarization", "few_shot"}  # two of these in one sequence would contradict each other
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stretch of training: sequence length, sequences and number of steps, learning rate from start to end.
-
-    `repeats` is the share of sequences of repeated random spans, `dense` the share of short pages with little filler.
-    """
-
-    length: int
-    batch: int
-    steps: int
-    lr_start: float
-    lr_end: float
-    repeats: float = 0.0
-    dense: float = 0.0
 
 
 @dataclass(frozen=True)

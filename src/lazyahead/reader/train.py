@@ -17,30 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, SmolLM3ForCausalLM
 
-from lazyahead.reader.batches import ANSWER_WEIGHT, Batch, Stage, make_batch
+from lazyahead.reader.batches import ANSWER_WEIGHT, Batch, make_batch
 from lazyahead.reader.checkpoint import Progress, load_checkpoint, save_checkpoint
 from lazyahead.reader.circuit import SIZES, Size, build_model
+from lazyahead.reader.plans import Stage, load_plan
 from lazyahead.reader.tokenizer import build_tokenizer
 from lazyahead.reader.vocabulary import study
-
-# Dense first, then filler and distractors, then length.
-PLANS: dict[str, tuple[Stage, ...]] = {
-    "small": (
-        Stage(length=512, batch=4, steps=40, lr_start=0.0, lr_end=5e-4, dense=0.5),
-        Stage(length=512, batch=4, steps=560, lr_start=5e-4, lr_end=5e-4, dense=0.5),
-        Stage(length=1024, batch=2, steps=200, lr_start=5e-4, lr_end=5e-4, dense=0.3),
-        Stage(length=2048, batch=1, steps=250, lr_start=5e-4, lr_end=4e-4, dense=0.1),
-        Stage(length=4096, batch=1, steps=130, lr_start=4e-4, lr_end=1.5e-4),
-        Stage(length=8192, batch=1, steps=25, lr_start=1.5e-4, lr_end=2e-5),
-    ),
-    "large": (
-        Stage(length=256, batch=256, steps=60, lr_start=0.0, lr_end=1.5e-3, repeats=0.3, dense=0.6),
-        Stage(length=256, batch=256, steps=1000, lr_start=1.5e-3, lr_end=1.5e-3, repeats=0.2, dense=0.6),
-        Stage(length=1024, batch=64, steps=2000, lr_start=1.5e-3, lr_end=1e-3, repeats=0.1, dense=0.2),
-        Stage(length=4096, batch=16, steps=1500, lr_start=1e-3, lr_end=5e-4, repeats=0.05),
-        Stage(length=16384, batch=4, steps=500, lr_start=5e-4, lr_end=2e-5),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -50,6 +32,7 @@ class Run:
     folder: Path
     size: Size
     stages: tuple[Stage, ...]
+    start: Path | None = None  # weights to begin with instead of the circuit
     device: str = "cpu"
     compile: bool = False
     seed: int = 0
@@ -111,10 +94,8 @@ def train(run: Run, until: int | None = None) -> Progress:
     The folder gets `checkpoint/`, `curve.jsonl` and `weights/` (bf16, loadable by AutoModelForCausalLM).
     """
     weights_folder, checkpoint = run.folder / "weights", run.folder / "checkpoint"
-    if not (weights_folder / "tokenizer.json").exists():
-        build_tokenizer(weights_folder)
-    tokenizer = AutoTokenizer.from_pretrained(weights_folder)
-    model = build_model(run.size, study(tokenizer), run.seed).to(run.device)
+    tokenizer = _tokenizer(run, weights_folder)
+    model = _first_model(run, tokenizer).to(run.device)
     optimizer = make_optimizer(model)
     progress = load_checkpoint(checkpoint, model, optimizer)
     _forget_after(run.folder / "curve.jsonl", progress.step)
@@ -135,6 +116,21 @@ def train(run: Run, until: int | None = None) -> Progress:
             save_checkpoint(checkpoint, model, optimizer, progress)
             write_weights(model, weights_folder)
     return progress
+
+
+def _tokenizer(run: Run, folder: Path) -> PreTrainedTokenizerBase:
+    if not (folder / "tokenizer.json").exists():
+        if run.start:
+            AutoTokenizer.from_pretrained(run.start).save_pretrained(folder)
+        else:
+            build_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _first_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> SmolLM3ForCausalLM:
+    if run.start:
+        return SmolLM3ForCausalLM.from_pretrained(run.start, dtype=torch.float32)
+    return build_model(run.size, study(tokenizer), run.seed)
 
 
 def _step(
@@ -216,7 +212,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="train_reader", description="Train the built-in reader from nothing.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an existing run is continued")
     parser.add_argument("--size", choices=sorted(SIZES), default="small", help="small: CPU, large: GPU")
-    parser.add_argument("--plan", type=Path, help="JSON list of stages that replaces the size's own plan")
+    parser.add_argument("--plan", help="small, large, more, or a JSON file with a list of stages; default: as size")
+    parser.add_argument("--start", type=Path, help="go on from these weights instead of the untrained circuit")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--compile", action="store_true", help="compile the layers: a minute a stage, then 1.6x faster")
@@ -227,12 +224,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line of scripts/train_reader."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    try:
+        stages = load_plan(options.plan or options.size)
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(options.threads)
-    stages = PLANS[options.size]
-    if options.plan:
-        stages = tuple(Stage(**stage) for stage in json.loads(options.plan.read_text()))
-    run = Run(options.out, SIZES[options.size], stages, options.device, options.compile, options.seed)
+    run = Run(
+        folder=options.out,
+        size=SIZES[options.size],
+        stages=stages,
+        start=options.start,
+        device=options.device,
+        compile=options.compile,
+        seed=options.seed,
+    )
     progress = train(run, options.until)
     picture = draw_curve(options.out)
     print(json.dumps({**asdict(progress), "weights": str(options.out / "weights"), "curve": str(picture)}))
