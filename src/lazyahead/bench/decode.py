@@ -52,7 +52,7 @@ class DecodeRow:
     ideal_speedup: float
     """Passes through the weights without drafts over passes with them: the speed-up where rows are free."""
     modelled_speedup: float | None
-    """The speed-up were drafting free, and each pass as long as the median of those with as many rows."""
+    """The speed-up were drafting free, and each pass as long as the best of those with as many rows or more."""
     draft_us_per_token: float
     """Microseconds of proposing, learning and indexing for each token written."""
     index_share: float | None

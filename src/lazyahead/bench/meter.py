@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 import torch
@@ -49,12 +48,19 @@ class Meter:
 
 
 def row_cost(*meters: Meter) -> RowCost | None:
-    """Median seconds by number of rows, of the passes that were counted; None where there were none."""
-    seconds: dict[int, list[float]] = defaultdict(list)
+    """What rows cost, from the passes that were counted; None where there were none.
+
+    Noise only adds, and so do rows: the best pass with as many rows or more is nearest to the truth.
+    """
+    best: dict[int, float] = {}
     for meter in meters:
-        for rows, values in meter.passes.items():
-            seconds[rows] += values
-    return RowCost([(rows, median(values)) for rows, values in seconds.items()]) if seconds else None
+        for rows, seconds in meter.passes.items():
+            best[rows] = min(seconds) if rows not in best else min(best[rows], *seconds)
+    points, lowest = list[tuple[int, float]](), float("inf")
+    for rows in sorted(best, reverse=True):
+        lowest = min(lowest, best[rows])
+        points.append((rows, lowest))
+    return RowCost(points) if points else None
 
 
 @contextmanager

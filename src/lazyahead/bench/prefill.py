@@ -154,7 +154,7 @@ def _measure_length(
         working_memory_ratio=memory[1],
         decode_step_ratio=step / baseline_step,
         second_question_ratio=median(r.second_s for r in rounds) / baseline_ttft,
-        reviving_step_ratio=_reviving_step_ratio(llm, token_ids[:length]),
+        reviving_step_ratio=_reviving_step_ratio(llm, token_ids[:length], runs),
         prompt_tokens_computed=computed,
     )
 
@@ -180,15 +180,15 @@ def _ideal_speedup(llm: LLM, kept: Sequence[int], length: int) -> float:
     return prefill_flops([length] * len(kept), shape) / prefill_flops(kept, shape)
 
 
-def _reviving_step_ratio(llm: LLM, token_ids: list[int]) -> float | None:
-    """Steps that bring back as many tokens as the limit allows, over steps that bring back none."""
+def _reviving_step_ratio(llm: LLM, token_ids: list[int], runs: int) -> float | None:
+    """Steps that bring back as many tokens as the limit allows, over steps that bring back none, in alternation."""
     if llm.prefill is None:
         return None
-    steps = []
-    for rule in (replace(llm.prefill, revive="demand", revive_threshold=0.0), replace(llm.prefill, revive="never")):
-        shot, _ = _shoot(LLM(llm.model, tokenizer=llm.tokenizer, prefill=rule, decode=None), token_ids)
-        steps.append(shot.step_s)
-    return steps[0] / steps[1]
+    rules = replace(llm.prefill, revive="demand", revive_threshold=0.0), replace(llm.prefill, revive="never")
+    sides = [LLM(llm.model, tokenizer=llm.tokenizer, prefill=rule, decode=None) for rule in rules]
+    shots = [[_shoot(side, token_ids)[0].step_s for side in sides] for _ in range(runs)]
+    reviving, quiet = (median(steps) for steps in zip(*shots, strict=True))
+    return reviving / quiet
 
 
 def _peaks(subject: Subject, prefill: LazyPrefill | None, plain: bool, lengths: Sequence[int]) -> list[Peak]:

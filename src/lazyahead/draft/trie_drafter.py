@@ -155,7 +155,8 @@ class TrieRequest:
             self._run_starts.append(self.own.end)
         self.own.extend(tokens)
         query_length = self.own.query_length
-        self._recent = [*self._recent, *tokens[-query_length:]][-query_length:]
+        self._recent += tokens[-query_length:]
+        del self._recent[:-query_length]
         self._answer.extend(tokens if source is Source.OUTPUT else tokens[-NUM_LEAD:])
         if source is Source.PROMPT:
             del self._answer[:-NUM_LEAD]
