@@ -187,7 +187,7 @@ def _reviving_step_ratio(llm: LLM, token_ids: list[int], runs: int) -> float | N
     rules = replace(llm.prefill, revive="demand", revive_threshold=0.0), replace(llm.prefill, revive="never")
     sides = [LLM(llm.model, tokenizer=llm.tokenizer, prefill=rule, decode=None) for rule in rules]
     shots = [[_shoot(side, token_ids)[0].step_s for side in sides] for _ in range(runs)]
-    reviving, quiet = (median(steps) for steps in zip(*shots, strict=True))
+    reviving, quiet = (float(median(steps)) for steps in zip(*shots, strict=True))
     return reviving / quiet
 
 
