@@ -148,3 +148,16 @@ def test_what_is_not_there_or_no_memory_is_refused(model, file, tmp_path, refuse
     assert "capacity_bytes" in refused(
         "import", str(tmp_path / "a.txt"), "-f", file, "-m", model, "--capacity-bytes", "100"
     )
+
+
+def test_generate_takes_a_memory_only_where_it_drafts(tmp_path: Path) -> None:
+    from lazyahead.cli.options import parse_decode  # noqa: PLC0415
+    from lazyahead.errors import ConfigError  # noqa: PLC0415
+
+    decode = parse_decode(None, tmp_path / "answers.db", "team-a")
+    assert decode is not None
+    assert (decode.memory, decode.namespace) == (str(tmp_path / "answers.db"), "team-a")
+    with pytest.raises(ConfigError, match=r"answers\.db"):
+        parse_decode("off", tmp_path / "answers.db")
+    with pytest.raises(ConfigError, match="team-a"):
+        parse_decode("lookahead", None, "team-a")

@@ -17,13 +17,14 @@ from lazyahead.prefill.boundary import Flight
 from lazyahead.runner import Runner
 from lazyahead.session import Session
 
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+ROWS = (1, 2, 4, 8, 16, 32, 64)
 _CONTEXT = 128
-_REPEATS = 4
+_SECONDS = 1.0
+"""How long the measurement goes on; every row count is timed twice at least, on however slow a machine."""
 
 
 def row_cost_of(model: PreTrainedModel, runner: Runner) -> RowCost:
-    """The curve of this model here, from the cache file where it is known, else measured (some 50 decoding steps)."""
+    """The curve of this model here, from the cache file where it is known, else measured (about a second)."""
     path = cache_folder() / "row_cost" / f"{_key(model, runner.device)}.json"
     try:
         return RowCost.from_json(path.read_text(encoding="utf-8"))
@@ -41,15 +42,18 @@ def row_cost_of(model: PreTrainedModel, runner: Runner) -> RowCost:
 
 
 def measure(runner: Runner) -> RowCost:
-    """Seconds of passes of 1 to 64 rows over 128 tokens of context, the best of four each: noise only adds."""
+    """Seconds of passes of 1 to 64 rows over 128 tokens of context, the best of many each: noise only adds."""
     session = Session(runner.num_layers)
     best = dict.fromkeys(ROWS, float("inf"))
     with runner.attached():
         runner.run([Flight(session, None, [1] * _CONTEXT, runner.device)])
         session.commit([1] * _CONTEXT, 0, [])
-        for _ in range(_REPEATS + 1):  # the first round warms up
+        end = time.perf_counter() + _SECONDS
+        rounds = 0
+        while rounds < 2 or time.perf_counter() < end:
             for rows in ROWS:
                 best[rows] = min(best[rows], _time_step(runner, session, rows))
+            rounds += 1
     return RowCost(list(best.items()))
 
 

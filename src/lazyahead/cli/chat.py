@@ -27,6 +27,8 @@ def chat(
     device: options.Device = None,
     prefill: options.Prefill = None,
     decode: options.Decode = None,
+    memory: options.Memory = None,
+    namespace: options.Namespace = None,
     max_new_tokens: options.MaxNewTokens = None,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
@@ -39,7 +41,7 @@ def chat(
     sampling = options.make_sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
     )
-    llm = options.Loading(model, dtype, device, prefill, decode).load()
+    llm = options.Loading(model, dtype, device, prefill, decode, memory, namespace).load()
     if sys.stdin.isatty():
         note(f"{llm.name}. Ctrl-C stops an answer, Ctrl-D ends.")
     Conversation(llm, document, sampling).run(lines())

@@ -36,6 +36,8 @@ def generate(
     device: options.Device = None,
     prefill: options.Prefill = None,
     decode: options.Decode = None,
+    memory: options.Memory = None,
+    namespace: options.Namespace = None,
     max_new_tokens: options.MaxNewTokens = None,
     temperature: options.Temperature = None,
     top_k: options.TopK = None,
@@ -58,7 +60,7 @@ def generate(
     )
     if compare and session:
         raise RequestError("--compare reads everything anew and --session continues; give one of them")
-    llm = options.Loading(model, dtype, device, prefill, decode).load()
+    llm = options.Loading(model, dtype, device, prefill, decode, memory, namespace).load()
     kept = _open_session(llm, session, needed=explain is not None)
     ask = _question(llm, document, question, kept, sampling)
     results: dict[str, Any] = {}

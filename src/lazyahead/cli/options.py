@@ -29,6 +29,8 @@ Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or floa
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 Prefill = Annotated[str | None, typer.Option(help="off, a preset, or a profile (.toml). Left out: balanced.")]
 Decode = Annotated[str | None, typer.Option(help="off or lookahead.")]
+Memory = Annotated[Path | None, typer.Option(help="File that remembers answers to draft from later ones.")]
+Namespace = Annotated[str | None, typer.Option(help="Whose answers: a namespace never sees another's.")]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.")]
 Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest token; above 0 draws.")]
 TopK = Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens.")]
@@ -49,6 +51,8 @@ class Loading:
     device: str | None = None
     prefill: str | None = None
     decode: str | None = None
+    memory: Path | None = None
+    namespace: str | None = None
 
     def load(self) -> LLM:
         """The model. Says on stderr when it is the built-in one."""
@@ -56,8 +60,8 @@ class Loading:
         given = {name: value for name, value in given.items() if value is not None}
         if self.prefill is not None:
             given["prefill"] = parse_prefill(self.prefill)
-        if self.decode is not None:
-            given["decode"] = parse_decode(self.decode)
+        if self.decode is not None or self.memory is not None or self.namespace is not None:
+            given["decode"] = parse_decode(self.decode, self.memory, self.namespace)
         if self.model is None:
             print("lazyahead: no --model given, using the built-in reader", file=sys.stderr)
         with waiting("loading"), quiet_transformers():
@@ -80,13 +84,20 @@ def parse_prefill(text: str) -> LazyPrefill | None:
     return LazyPrefill.preset(text)
 
 
-def parse_decode(text: str) -> Lookahead | None:
-    """`off` or `lookahead`."""
+def parse_decode(text: str | None, memory: Path | None = None, namespace: str | None = None) -> Lookahead | None:
+    """`off` or `lookahead`; a memory of answers means the latter."""
     from lazyahead.config import Lookahead  # noqa: PLC0415
 
-    if text not in ("off", "lookahead"):
+    if text not in (None, "off", "lookahead"):
         raise ConfigError(f"--decode is off or lookahead, got {text!r}")
-    return None if text == "off" else Lookahead()
+    if namespace is not None and memory is None:
+        raise ConfigError(f"--namespace {namespace!r} is of a memory; name its file with --memory")
+    if text == "off":
+        if memory is not None:
+            raise ConfigError(f"--memory {str(memory)!r} is for --decode lookahead; leave one of them out")
+        return None
+    given: dict[str, Any] = {"memory": memory and str(memory), "namespace": namespace}
+    return Lookahead(**{name: value for name, value in given.items() if value is not None})
 
 
 def make_sampling(**given: Any) -> Sampling:

@@ -26,10 +26,10 @@ class RowCost:
         points = sorted((int(rows), float(seconds)) for rows, seconds in self.points)
         if not points or points[0][0] < 1 or not all(0 < seconds < float("inf") for _, seconds in points):
             raise ConfigError(f"row cost needs points of rows >= 1 and seconds > 0, got {list(self.points)}")
-        highest, rising = 0.0, {}
-        for rows, seconds in points:
-            highest = rising[rows] = max(highest, seconds)
-        object.__setattr__(self, "points", tuple(rising.items()))
+        lowest, rising = float("inf"), dict[int, float]()
+        for rows, seconds in reversed(points):  # noise only adds: a step costs no more than a larger one
+            lowest = rising[rows] = min(lowest, seconds)
+        object.__setattr__(self, "points", tuple(sorted(rising.items())))
 
     def seconds(self, rows: int) -> float:
         """Of one step with this many rows (1 = the last token alone)."""
