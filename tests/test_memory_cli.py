@@ -150,7 +150,7 @@ def test_what_is_not_there_or_no_memory_is_refused(model, file, tmp_path, refuse
     )
 
 
-def test_generate_takes_a_memory_only_where_it_drafts(tmp_path: Path) -> None:
+def test_generate_takes_a_memory_only_where_it_drafts(tmp_path) -> None:
     from lazyahead.cli.options import parse_decode  # noqa: PLC0415
     from lazyahead.errors import ConfigError  # noqa: PLC0415
 
