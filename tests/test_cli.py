@@ -144,8 +144,10 @@ def test_verify_tells_where_answers_part(model, monkeypatch, capsys, tmp_path):
     prompts.write_text("one two\n\nthree\n")
     assert run(["verify", "-m", model, "--prompts", str(prompts), "--max-new-tokens", "4", "--json"]) == 1
     values = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert values["first_divergence"] == {"check": "keep_all", "prompt": 0, "token": 2}
-    assert values["checks"] == {"keep_all": 2, "drafting": 0}
+    first = values["first_divergence"]
+    assert (first["check"], first["prompt"], first["token"], first["left"]) == ("keep_all", 0, 2, -1)
+    assert isinstance(first["logit_gap"], float)
+    assert values["checks"] == {"keep_all": 2, "drafting": 0, "sampled": 0}
     assert (values["prompts"], values["diverged"]) == (2, 2)
 
 

@@ -36,7 +36,7 @@ class Run:
     device: str = "cpu"
     compile: bool = False
     seed: int = 0
-    save_every: int = 100
+    save_every: int = 40
     log_every: int = 20
 
     @property
