@@ -25,7 +25,7 @@ class LazyPrefill:
     Raises ConfigError for a setting that cannot mean anything, naming the value.
     """
 
-    schedule: Schedule = ((0.33, 0.4), (0.5, 0.2), (0.75, 0.1))
+    schedule: Schedule = ((0.5, 0.3), (0.75, 0.1))
     """(depth, keep ratio) pairs: after this fraction of the layers, this fraction of the prompt goes on."""
     scorer: Scorer = field(default_factory=Window)
     """Which tokens matter. The paper's is `LastToken()`."""
@@ -34,7 +34,7 @@ class LazyPrefill:
     `keep_ratio` of the prompt are selected anew at every step. `never`: what was deferred stays out."""
     revive_threshold: float = 0.01
     """Demand: attention (mean over heads) that the running token must pay to a deferred one."""
-    revive_limit: int = 16
+    revive_limit: int = 8
     """Demand: most tokens that one row may bring back at one boundary, best first."""
     protect_first: int = 4
     """Prompt tokens at the start that always go on."""

@@ -199,7 +199,7 @@ def draw_curve(folder: Path) -> Path:
     below.set(ylabel="answer tokens right", xlabel="million tokens")
     for a, b in pairwise(records):
         if a["length"] != b["length"]:
-            below.annotate(f"{b['length']}", (b["tokens"] / 1e6, 0.1))
+            above.annotate(f" {b['length']:.0f}", (b["tokens"] / 1e6, records[0]["answer_loss"]))
             for axis in (above, below):
                 axis.axvline(b["tokens"] / 1e6, color="grey", linewidth=0.5)
     figure.tight_layout()
