@@ -92,6 +92,18 @@ class Engine:
             session.pending = pending
         self._finish(request, "cancelled")
 
+    def answer(self, requests: Sequence[Request]) -> None:
+        """Submits these and steps until all have ended. Left early, by an exception, it cancels those that have not."""
+        with self:
+            try:
+                for request in requests:
+                    self.submit(request)
+                while any(request.finish_reason is None for request in requests):
+                    self.step()
+            finally:
+                for request in requests:
+                    self.cancel(request)
+
     def step(self) -> None:
         """One pass for all running requests. Where it is broken off, what it has not committed is as before it."""
         self._admit()

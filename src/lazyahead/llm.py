@@ -143,15 +143,8 @@ class LLM:
         if session is not None:
             raise RequestError("a session is one conversation; give each of several prompts its own call")
         answers = [_Answer(self, self._encode(prompt, question), sampling, None) for prompt in prompts]
-        with self._lock, self.engine:
-            try:
-                for answer in answers:
-                    self.engine.submit(answer.request)
-                while any(not answer.is_over for answer in answers):
-                    self.engine.step()
-            finally:
-                for answer in answers:
-                    self.engine.cancel(answer.request)
+        with self._lock:
+            self.engine.answer([answer.request for answer in answers])
         return [Completion.fold(list(answer.pieces)) for answer in answers]
 
     def _encode(self, prompt: Text, question: str | None) -> Prompt:

@@ -54,12 +54,10 @@ def generate(
 ) -> None:
     """Answers a prompt: the text, or a file with a question about it."""
     document = _document(prompt, file, question)
-    check_folders(session, explain)
+    _check_files(session, explain, compare)
     sampling = options.make_sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
     )
-    if compare and session:
-        raise RequestError("--compare reads everything anew and --session continues; give one of them")
     llm = options.Loading(model, dtype, device, prefill, decode, memory, namespace).load()
     kept = _open_session(llm, session, needed=explain is not None)
     ask = _question(llm, document, question, kept, sampling)
@@ -75,10 +73,17 @@ def generate(
         _keep(llm, kept, completion, session, explain)
     if json:
         values = {**summary(completion), **results}
-        count = runs if compare else 1
-        print_json(record(llm, seed=sampling.seed, runs=count, results=values, sampling=asdict(sampling)))
+        num_runs = runs if compare else 1
+        print_json(record(llm, seed=sampling.seed, runs=num_runs, results=values, sampling=asdict(sampling)))
     if cancelled:
         raise typer.Exit(INTERRUPTED)
+
+
+def _check_files(session: Path | None, explain: Path | None, compare: bool) -> None:
+    """Before any work: files that could not be written, or would not be."""
+    check_folders(session, explain)
+    if compare and session:
+        raise RequestError("--compare reads everything anew and --session continues; give one of them")
 
 
 def answer(ask: Ask, *, quiet: bool = False) -> Completion:

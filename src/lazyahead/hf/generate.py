@@ -136,16 +136,7 @@ class _Method:
         ]
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
-        engine = self.accelerated.engine
-        with engine:
-            try:
-                for request in rows:
-                    engine.submit(request)
-                while any(request.finish_reason is None for request in rows):
-                    engine.step()
-            finally:
-                for request in rows:
-                    engine.cancel(request)
+        self.accelerated.engine.answer(rows)
         if self.streamer is not None:
             self.streamer.end()
         self.accelerated.stats = [request.stats() for request in rows]
