@@ -3,7 +3,7 @@
 From random weights a model of this size needs far more text than a CPU can read before it learns to look things up.
 So a few weights start as a circuit that already does; they are ordinary weights and are trained on like all others.
 
-- Layer 2 gathers. By position alone (biases of q and k under rotary positions) its four heads attend to the previous
+- Layer 1 gathers. By position alone (biases of q and k under rotary positions) its four heads attend to the previous
   token, to the one before it, and to windows of the last 8 and 20 tokens, and write short codes of what they see into
   subspaces of their own: x = token + previous + one before + window. Frequent tokens count little in a window.
 - Layers 4 to 6 match. They have no rotary positions, so distance does not matter. A query made of the last tokens and
@@ -23,7 +23,7 @@ from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention
 
 from lazyahead.reader.vocabulary import Vocabulary
 
-GATHER_LAYER = 2
+GATHER_LAYER = 1
 NO_ROPE_LAYERS = (4, 5, 6, 9)
 CODE = 32  # dimensions of a token's code
 # Wanted attention over distance, one row per gathering head.

@@ -147,12 +147,12 @@ BUILDERS: dict[str, Callable[[World, int], Page]] = {
 
 
 def several(world: World, chars: int) -> Page:
-    """Questions for four facts at once, answered by four sentences (the `rag` workload)."""
+    """Questions for five facts at once, answered by quoting their five sentences (the `rag` workload)."""
     facts = _place_facts(world, chars)
-    document = _passages(world, [fact.sentence for fact in facts], chars)
+    document = _passages(world, [fact.answer for fact in facts], chars)
     exchanges = []
     for _ in range(max(1, len(facts) // 5)):
-        chosen = world.rng.sample(facts, min(4, len(facts)))
+        chosen = world.rng.sample(facts, min(5, len(facts)))
         wanted = [f"the {fact.attribute} of {fact.subject}" for fact in chosen]
         question = "What are " + ", ".join(wanted[:-1]) + f" and {wanted[-1]}?"
         exchanges.append((question, " ".join(fact.answer for fact in chosen)))

@@ -25,11 +25,11 @@ class Stage:
 PLANS: dict[str, tuple[Stage, ...]] = {
     "small": (
         Stage(length=512, batch=4, steps=40, lr_start=0.0, lr_end=5e-4, dense=0.5),
-        Stage(length=512, batch=4, steps=560, lr_start=5e-4, lr_end=5e-4, dense=0.5),
-        Stage(length=1024, batch=2, steps=200, lr_start=5e-4, lr_end=5e-4, dense=0.3),
+        Stage(length=512, batch=4, steps=660, lr_start=5e-4, lr_end=5e-4, dense=0.5),
+        Stage(length=1024, batch=2, steps=300, lr_start=5e-4, lr_end=5e-4, dense=0.3),
         Stage(length=2048, batch=1, steps=300, lr_start=5e-4, lr_end=4e-4, dense=0.1),
-        Stage(length=4096, batch=1, steps=100, lr_start=4e-4, lr_end=2.5e-4),
-        Stage(length=4096, batch=1, steps=80, lr_start=2.5e-4, lr_end=2e-5),
+        Stage(length=4096, batch=1, steps=160, lr_start=4e-4, lr_end=2e-4),
+        Stage(length=8192, batch=1, steps=40, lr_start=2e-4, lr_end=2e-5),
     ),
     "large": (
         Stage(length=512, batch=64, steps=60, lr_start=0.0, lr_end=8e-4, dense=0.5),

@@ -52,9 +52,24 @@ ADVERBS = (
 )
 
 STATEMENT = "The {a} of {e} is {v}."  # the form that answers quote
-STATEMENTS = (STATEMENT, "In {e}, the {a} is {v}.", "For {e} the {a} is {v}.", "{e} has one {a}, which is {v}.")
+STATEMENTS = (
+    STATEMENT,
+    "In {e}, the {a} is {v}.",
+    "For {e} the {a} is {v}.",
+    "{e} has one {a}, which is {v}.",
+    "Visitors of {e} learn that the {a} is {v}.",
+    "According to the register, the {a} of {e} is {v}.",
+    "{e} gives its {a} as {v}.",
+    "Of {e} people know the {a}: {v}.",
+)
 HELDOUT_STATEMENTS = ("As for {e}, the {a} is {v}.", "Note that the {a} of {e} is {v}.", "The {a} that {e} has is {v}.")
-QUESTIONS = ("What is the {a} of {e}?", "Tell me the {a} of {e}.")
+QUESTIONS = (
+    "What is the {a} of {e}?",
+    "Tell me the {a} of {e}.",
+    "Which {a} belongs to {e}?",
+    "Say what the {a} of {e} is.",
+    "For {e}, what is the {a}?",
+)
 HELDOUT_QUESTIONS = ("What {a} does {e} have?", "Please find the {a} of {e}.")
 
 
@@ -124,7 +139,7 @@ class World:
     def fact(self, attribute: str, subject: str) -> Fact:
         """A fact with a fresh value, stated in one of the sentence forms (training: mostly the answer's own)."""
         value = ATTRIBUTES[attribute](self)
-        plain = not self._heldout and self.rng.random() < 0.4
+        plain = not self._heldout and self.rng.random() < 0.3
         form = STATEMENT if plain else self.rng.choice(self.statements)
         return Fact(attribute, subject, value, form.format(a=attribute, e=subject, v=value))
 
