@@ -45,6 +45,7 @@ PREFILLS: dict[str, LazyPrefill | None] = {
     "lazy": LAZY,
     "calm": CALM,
     "fast": FAST,
+    "ahead": replace(LAZY, scorer=Window(4, 3, ahead=0.9)),
     "paper": LazyPrefill.paper(),
     "static_prune": LazyPrefill(((0.25, 0.5),), LastToken(), revive="never", min_tokens=0),
     "random_drop": replace(LazyPrefill.random_drop(), min_tokens=0),

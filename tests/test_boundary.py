@@ -1,9 +1,10 @@
 """What holds for every session whatever happens to it: nothing computed twice, nothing lost, every key as by hand."""
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import (
@@ -19,9 +20,11 @@ from support import (
     finish,
     prompts,
     request_for,
+    tiny,
 )
 
 from lazyahead.config import LazyPrefill
+from lazyahead.hf.look import switched
 from lazyahead.prefill.score import LastToken, Random, Window
 
 FAMILIES = ["llama", "gemma2", "gemma3", "smollm3", "mistral_window"]
@@ -33,7 +36,9 @@ def configs(draw):
     """Any schedule, scorer and rule of revival that means something."""
     depths = sorted(draw(st.sets(st.sampled_from([0.25, 0.3, 0.5, 0.6, 0.75, 0.9]), min_size=1, max_size=3)))
     ratios = sorted(draw(st.lists(st.floats(0.05, 1.0), min_size=len(depths), max_size=len(depths))), reverse=True)
-    scorer = draw(st.sampled_from([LastToken(), Window(4, 3), Window(1, 1), Window(9, 5), Random(3)]))
+    scorer = draw(
+        st.sampled_from([LastToken(), Window(4, 3), Window(1, 1), Window(9, 5), Window(5, 3, ahead=0.8), Random(3)])
+    )
     revive = "never" if scorer.queries == 0 else draw(st.sampled_from(["demand", "percentile", "never"]))
     if scorer.queries == 0 and draw(st.booleans()):
         depths[0] = 0.0
@@ -135,3 +140,42 @@ def test_tokens_that_score_alike_are_chosen_by_place_whatever_shares_the_pass():
         request = answer("gemma3", prompt, paper, fake(behaviour, "gemma3", paper, [prompt], num_tokens=16), 16)
         held.append([sorted(kv.positions.tolist()) for kv in request.session.kv])
     assert held[0] == held[1]
+
+
+@dataclass(frozen=True)
+class Spy:
+    """A scorer that keeps what it is shown."""
+
+    queries: int
+    ahead: float
+    seen: list[torch.Tensor] = field(default_factory=list)
+
+    def __call__(self, attention, positions):
+        self.seen.append(attention)
+        return attention.mean(0).amax(0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_run_ahead_with_none_left_behind_see_what_the_model_will_see(family):
+    model, anatomy = tiny(family)
+    spy, prompt = Spy(queries=12, ahead=0.99), prompts(12)[0]
+    request = answer(family, prompt, LazyPrefill(((0.5, 1.0),), spy, min_tokens=0), num_tokens=1)
+    with switched(anatomy.configs, "eager"), torch.no_grad():
+        attentions = model(torch.tensor([prompt]), output_attentions=True).attentions
+    (boundary,) = request.session.boundaries
+    visited = [at for at in range(boundary, anatomy.num_layers - 1) if anatomy.attends_fully[at]]
+    expected = torch.stack([attentions[at][0].mean(0) for at in visited]).amax(0) if visited else torch.zeros(12, 12)
+    torch.testing.assert_close(spy.seen[-1][0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_running_ahead_changes_which_tokens_are_kept_and_nothing_else():
+    prompt = prompts(60)[0]
+    config = LazyPrefill(((0.25, 1.0),), Window(4, 3), "never", min_tokens=0)
+    ahead = replace(config, scorer=Window(4, 3, ahead=0.9))
+    assert answer("llama", prompt, config).answer == answer("llama", prompt, ahead).answer
+    kept = [
+        answer("llama", prompt, replace(chosen, schedule=((0.25, 0.4),), protect_last=1)).session.kv[1].positions
+        for chosen in (config, ahead)
+    ]
+    assert kept[0].numel() == kept[1].numel()
+    assert not torch.equal(kept[0], kept[1])

@@ -9,7 +9,6 @@ import pytest
 import torch
 from tiny import COMMAND, byte_level, save_model
 
-from lazyahead.bench import baseline
 from lazyahead.cli import run
 
 COMMON = {"lazyahead", "machine", "model", "config", "seed", "runs"}
@@ -128,27 +127,6 @@ def test_doctor_names_the_level_and_the_reason(model, last_json):
     values = last_json("doctor", "-m", model)
     assert values.keys() >= COMMON | {"level", "reason", "model_type", "num_layers"}
     assert (values["level"], values["model_type"], values["num_layers"]) == ("full", "llama", 4)
-
-
-def test_verify_finds_no_divergence_in_float32(model, last_json):
-    values = last_json("verify", "-m", model, "--dtype", "float32", "--max-new-tokens", "6")
-    assert values.keys() >= COMMON | {"prompts", "tokens", "diverged", "first_divergence", "dtype"}
-    assert (values["diverged"], values["first_divergence"]) == (0, None)
-
-
-def test_verify_tells_where_answers_part(model, monkeypatch, capsys, tmp_path):
-    real = baseline.run_baseline
-    wrong = lambda *args: real(*args)._replace(token_ids=(*real(*args).token_ids[:2], -1))  # noqa: E731
-    monkeypatch.setattr(baseline, "run_baseline", wrong)
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("one two\n\nthree\n")
-    assert run(["verify", "-m", model, "--prompts", str(prompts), "--max-new-tokens", "4", "--json"]) == 1
-    values = json.loads(capsys.readouterr().out.splitlines()[-1])
-    first = values["first_divergence"]
-    assert (first["check"], first["prompt"], first["token"], first["left"]) == ("keep_all", 0, 2, -1)
-    assert isinstance(first["logit_gap"], float)
-    assert values["checks"] == {"keep_all": 2, "drafting": 0, "sampled": 0}
-    assert (values["prompts"], values["diverged"]) == (2, 2)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What the drafters guess."""
 
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -30,12 +31,12 @@ def contains(text, part):
 
 
 @given(texts, st.integers(1, 30), st.sampled_from(MODES))
-def test_every_branch_is_a_continuation_found_in_the_text(prompt, max_nodes, mode):
+def test_every_guess_follows_what_stands_before_it_somewhere_in_the_text(prompt, max_nodes, mode):
     draft = TrieDrafter(8, mode).start(prompt).propose(max_nodes)
     assert len(draft) <= max_nodes
     for branch in branches(draft):
         assert len(branch) <= 8
-        assert contains(prompt, [prompt[-1], *branch])
+        assert all(contains(prompt, list(pair)) for pair in pairwise([prompt[-1], *branch]))
 
 
 @given(texts, st.integers(1, 30))

@@ -17,12 +17,14 @@ LAYERS = 4
 STATS = Stats(3, 0, 2, 0.5, 0.1, 0.5, 1, 7)
 
 
-def page(text: str, depth: list[int], before: list[int] | None = None, answer: str = "yes") -> str:
+def page(text: str, depth: list[int], before: list[int] | None = None, answer: str = "yes", sources=(None,)) -> str:
     ids = byte_level()(text, add_special_tokens=False)["input_ids"]
     depth = [depth[i % len(depth)] for i in range(len(ids))]
     before = depth if before is None else [before[i % len(before)] for i in range(len(ids))]
     reach = Reach(tuple(ids), tuple(depth), tuple(before), LAYERS)
-    completion = Completion(answer, (1, 2), STATS, "stop")
+    answer_ids = tuple(byte_level()(answer, add_special_tokens=False)["input_ids"])
+    told = tuple(sources[i % len(sources)] for i in range(len(answer_ids)))
+    completion = Completion(answer, answer_ids, STATS, "stop", told)
     return explain_page(reach, byte_level(), completion, model="a<b>", prefill=LazyPrefill())
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lazyahead.config import LazyPrefill, Lookahead
+from lazyahead.draft.asked import spelling
 from lazyahead.draft.build import drafter_for
 from lazyahead.engine import Engine
 from lazyahead.errors import UnsupportedModelError
@@ -36,6 +37,6 @@ def engine_for(
             raise UnsupportedModelError(f"{name} can only decode: {support.reason}; {remedy}")
         return Engine(PlainRunner(model), None, None)
     runner = Runner(model, anatomy)
-    drafter = drafter_for(decode, partial(owner_of, model, tokenizer))
+    drafter = drafter_for(decode, partial(owner_of, model, tokenizer), spelling(tokenizer))
     row_cost = partial(row_cost_of, model, runner)
     return Engine(runner, prefill, decode, drafter=drafter, row_cost=row_cost, max_stall_rows=max_stall_rows)

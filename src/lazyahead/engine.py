@@ -171,6 +171,7 @@ class Engine:
             kept = nodes[: max(0, len(told) - 1)]
             request.session.commit(flight.entered_tokens(kept), flight.num_drafts, kept)
             if told:
+                request.sources = request.draft.sources_of(nodes, len(told))
                 self._tell(request, flight, tokens, told, reason)
 
     # --- their parts ---------------------------------------------------------------------------------------------
@@ -191,7 +192,8 @@ class Engine:
         if judged and self._measure_rows is not None:
             self._row_cost = self._row_cost or self._measure_rows()
             others = len(writing) - len(judged) + num_reading + sum(request.num_reviving for request in writing)
-            counts = choose([request.proposed.probs for request in judged], self._row_cost, others)
+            cost = self._row_cost.at(sum(len(request.session) for request in writing) // len(writing))
+            counts = choose([request.proposed.probs for request in judged], cost, others)
             for request, count in zip(judged, counts, strict=True):
                 request.draft = request.proposed.best(count)
 

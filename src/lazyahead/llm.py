@@ -240,7 +240,8 @@ class _Answer:
             if self._stops.matched is None:
                 self._ready.append(self._stops.flush())
             self.is_over = True
-        self.pieces.append(Piece("".join(self._ready), tuple(tokens), self.request.stats(), reason))
+        text, request = "".join(self._ready), self.request
+        self.pieces.append(Piece(text, tuple(tokens), request.stats(), reason, request.sources))
         self._ready = []
 
 

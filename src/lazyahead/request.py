@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lazyahead.draft.drafter import DraftRequest
-from lazyahead.draft.tree import Draft
+from lazyahead.draft.tree import Draft, Source
 from lazyahead.prefill.reading import Reading
 from lazyahead.results import Stats
 from lazyahead.sampling import Picker
@@ -51,6 +51,8 @@ class Request:
         """Bare logits, likewise."""
         self.proposed = self.draft = Draft.EMPTY
         """What the drafter proposed for this step, and what of it is verified."""
+        self.sources: tuple[Source | None, ...] = ()
+        """Where each token that the latest step told was drafted from; None: the model's own pick."""
         self.num_reviving = 0
         """Rows that came back in the latest step: they share the budget of the next."""
         self.num_revived_seen = session.num_revived

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lazyahead.draft.tree import Source
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -47,6 +49,8 @@ class Piece:
     stats: Stats
     finish_reason: str | None = None
     """None while running, then ``stop`` (EOS or stop string), ``length``, or ``cancelled``."""
+    sources: tuple[Source | None, ...] = ()
+    """Where each of `token_ids` was drafted from; None: the model's own pick. Empty: not told."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Completion:
     token_ids: tuple[int, ...]
     stats: Stats
     finish_reason: str
+    sources: tuple[Source | None, ...] = ()
+    """As of the pieces."""
 
     @classmethod
     def fold(cls, pieces: list[Piece]) -> Completion:
@@ -66,7 +72,8 @@ class Completion:
         last = pieces[-1]
         text = "".join(piece.text for piece in pieces)
         token_ids = tuple(token for piece in pieces for token in piece.token_ids)
-        return cls(text, token_ids, last.stats, last.finish_reason or "cancelled")
+        sources = tuple(source for piece in pieces for source in piece.sources)
+        return cls(text, token_ids, last.stats, last.finish_reason or "cancelled", sources)
 
 
 @dataclass(frozen=True)

@@ -6,25 +6,27 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from lazyahead.draft.budget import RowCost
-from lazyahead.errors import ConfigError
+from lazyahead.errors import ConfigError, OutOfMemoryError
 from lazyahead.prefill.boundary import Flight
 from lazyahead.runner import Runner
 from lazyahead.session import Session
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
-_CONTEXT = 128
-_SECONDS = 1.0
+_CONTEXTS = (128, 2048)
+"""Tokens of context behind which rows are timed; what lies between two lengths tells what a token of context costs."""
+_SECONDS = 1.5
 """How long the measurement goes on; every row count is timed twice at least, on however slow a machine."""
 
 
 def row_cost_of(model: PreTrainedModel, runner: Runner) -> RowCost:
-    """The curve of this model here, from the cache file where it is known, else measured (about a second)."""
+    """The curve of this model here, from the cache file where it is known, else measured (about two seconds)."""
     path = cache_folder() / "row_cost" / f"{_key(model, runner.device)}.json"
     try:
         return RowCost.from_json(path.read_text(encoding="utf-8"))
@@ -42,19 +44,42 @@ def row_cost_of(model: PreTrainedModel, runner: Runner) -> RowCost:
 
 
 def measure(runner: Runner) -> RowCost:
-    """Seconds of passes of 1 to 64 rows over 128 tokens of context, the best of many each: noise only adds."""
+    """Seconds of passes of 1 to 64 rows, the best of many each (noise only adds), and what a token of context adds."""
     session = Session(runner.num_layers)
-    best = dict.fromkeys(ROWS, float("inf"))
+    short, long = _CONTEXTS
     with runner.attached():
-        runner.run([Flight(session, None, [1] * _CONTEXT, runner.device)])
-        session.commit([1] * _CONTEXT, 0, [])
-        end = time.perf_counter() + _SECONDS
-        rounds = 0
-        while rounds < 2 or time.perf_counter() < end:
-            for rows in ROWS:
-                best[rows] = min(best[rows], _time_step(runner, session, rows))
-            rounds += 1
-    return RowCost(list(best.items()))
+        runner.run([Flight(session, None, [1] * short, runner.device)])
+        session.commit([1] * short, 0, [])
+        try:
+            near, far = _best(runner, (session, _stretched(session, long)))
+        except OutOfMemoryError:
+            (near,) = _best(runner, (session,))
+            return near
+    gained = zip(near.points, far.points, strict=True)
+    return RowCost(near.points, tuple(max(0.0, (b - a) / (long - short)) for (_, a), (_, b) in gained))
+
+
+def _best(runner: Runner, sessions: Sequence[Session]) -> list[RowCost]:
+    """Each session's curve, measured in turns."""
+    best = [dict.fromkeys(ROWS, float("inf")) for _ in sessions]
+    end = time.perf_counter() + _SECONDS
+    rounds = 0
+    while rounds < 2 or time.perf_counter() < end:
+        for rows in ROWS:
+            for session, seconds in zip(sessions, best, strict=True):
+                seconds[rows] = min(seconds[rows], _time_step(runner, session, rows))
+        rounds += 1
+    return [RowCost(list(seconds.items())) for seconds in best]
+
+
+def _stretched(session: Session, length: int) -> Session:
+    """A session of `length` tokens that repeats what this one holds: no prompt is read for it."""
+    longer, num = Session(session.num_layers), len(session)
+    for start in range(0, length, num):
+        for kv, more in zip(session.kv, longer.kv, strict=True):
+            more.append(kv.keys, kv.values, kv.positions + start)
+        longer.token_ids += session.token_ids
+    return longer
 
 
 def cache_folder() -> Path:

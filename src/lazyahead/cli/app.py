@@ -10,8 +10,10 @@ import typer
 from lazyahead.cli.bench import app as bench
 from lazyahead.cli.chat import chat
 from lazyahead.cli.doctor import doctor
+from lazyahead.cli.evaluate import PASS_ON, evaluate
 from lazyahead.cli.generate import generate
 from lazyahead.cli.memory import app as memory
+from lazyahead.cli.tune import tune
 from lazyahead.cli.verify import verify
 
 app = typer.Typer(
@@ -41,5 +43,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(doctor)
 app.command()(verify)
+app.command()(tune)
+app.command("eval", context_settings=PASS_ON)(evaluate)
 app.add_typer(bench, name="bench", help="Measure, beside plain transformers.")
 app.add_typer(memory, name="memory", help="Look into a memory of answers, add to it, clear it.")

@@ -12,7 +12,9 @@ from rich.table import Table
 
 from lazyahead.cli import options
 from lazyahead.cli.bench_decode import bench_decode
+from lazyahead.cli.bench_quality import bench_quality
 from lazyahead.cli.bench_replay import bench_replay
+from lazyahead.cli.bench_second_turn import bench_second_turn
 from lazyahead.cli.output import print_json, record, seconds, tables
 from lazyahead.errors import ConfigError
 
@@ -27,6 +29,8 @@ COLUMNS = (
 app = typer.Typer(no_args_is_help=True)
 app.command("decode")(bench_decode)
 app.command("replay")(bench_replay)
+app.command("quality")(bench_quality)
+app.command("second-turn")(bench_second_turn)
 
 
 @app.callback()

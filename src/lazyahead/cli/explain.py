@@ -1,4 +1,4 @@
-"""A page that shows how deeply each prompt token was read. One file, no scripts, nothing fetched."""
+"""A page that shows how deeply each prompt token was read and how the answer came. No scripts, nothing fetched."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from importlib.resources import files
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lazyahead.cli import origin
 from lazyahead.cli.output import seconds
 from lazyahead.text import Detokenizer
 
@@ -62,7 +63,8 @@ def explain_page(
         "layers": "".join(f'<i style="height:{100 * n / max(1, len(kinds)):.1f}%" title="{n:,}"></i>' for n in layers),
         "layers_label": ", ".join(map(str, layers)),
         "last_layer": str(reach.num_layers - 1),
-        "answer": escape(completion.text),
+        "origins": "".join(_origin_row(*row, len(completion.token_ids)) for row in origin.counts(completion).items()),
+        "answer": "".join(map(_origin_span, origin.parts(tokenizer, completion))),
         "prompt": "".join(_blocks(runs(kinds, token_texts(tokenizer, reach.token_ids)))),
     }
     head, body = template.replace("/*depths*/", depths).split("<body>")
@@ -128,6 +130,21 @@ def _legend_row(kind: Kind, count: int, total: int, num_layers: int) -> str:
     words = escape(kind.words(num_layers))
     share = f'<td class="n">{count:,}</td><td class="n">{count / total:.1%}</td>'
     return f'<tr><td><span class="{kind.css}">text</span></td>{share}<td>{words}</td></tr>'
+
+
+def _origin_row(kind: origin.Origin, count: int, total: int) -> str:
+    share = f'<td class="n">{count:,}</td><td class="n">{count / max(1, total):.1%}</td>'
+    return f'<tr><td><span class="from-{kind.name}">text</span></td>{share}<td>{_origin_words(kind)}</td></tr>'
+
+
+def _origin_span(part: origin.Part) -> str:
+    tokens = f"{part.num_tokens} token{'' if part.num_tokens == 1 else 's'}"
+    words = f"{_origin_words(part.origin)}, {tokens}"
+    return f'<span class="from-{part.origin.name}" data-words="{words}">{escape(part.text, quote=False)}</span>'
+
+
+def _origin_words(kind: origin.Origin) -> str:
+    return kind.words if kind is origin.OWN else f"drafted {kind.words}"
 
 
 def _tiles(stats: Stats) -> list[tuple[str, str]]:

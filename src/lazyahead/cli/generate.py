@@ -47,12 +47,17 @@ def generate(
     session: Annotated[
         Path | None, typer.Option(help="Continue this conversation where the file exists, and keep it there.")
     ] = None,
-    explain: Annotated[Path | None, typer.Option(help="Write a page that shows what was read how deeply.")] = None,
+    explain: Annotated[
+        Path | None,
+        typer.Option(help="Write a page that shows what was read how deeply and what was drafted; colour the answer."),
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Run plain transformers as well, side by side.")] = False,
     runs: options.Runs = 3,
     json: options.Json = False,
 ) -> None:
     """Answers a prompt: the text, or a file with a question about it."""
+    from lazyahead.cli.origin import as_json, print_legend  # noqa: PLC0415  (needs numpy: not for --help)
+
     document = _document(prompt, file, question)
     _check_files(session, explain, compare)
     sampling = options.make_sampling(
@@ -65,14 +70,16 @@ def generate(
     if compare:
         completion, results = compare_and_show(llm, document, question, sampling, runs, quiet=json)
     if not compare or kept is not None:
-        completion = answer(ask, quiet=json or compare)
+        completion = answer(ask, quiet=json or compare, show=_printer(llm, coloured=explain is not None))
+    if explain is not None:
+        print_legend(completion)
     if not compare:
         note(describe(completion.stats))
     cancelled = completion.finish_reason == "cancelled"
     if kept is not None and not cancelled:
         _keep(llm, kept, completion, session, explain)
     if json:
-        values = {**summary(completion), **results}
+        values = {**summary(completion), "answer_sources": as_json(llm.tokenizer, completion), **results}
         num_runs = runs if compare else 1
         print_json(record(llm, seed=sampling.seed, runs=num_runs, results=values, sampling=asdict(sampling)))
     if cancelled:
@@ -86,8 +93,8 @@ def _check_files(session: Path | None, explain: Path | None, compare: bool) -> N
         raise RequestError("--compare reads everything anew and --session continues; give one of them")
 
 
-def answer(ask: Ask, *, quiet: bool = False) -> Completion:
-    """Streams an answer to stdout and folds it. Ctrl-C ends it with what it has: `cancelled`."""
+def answer(ask: Ask, *, quiet: bool = False, show: Callable[[Piece], None] | None = None) -> Completion:
+    """Streams an answer to `show`, or to stdout, and folds it. Ctrl-C ends it with what it has: `cancelled`."""
     from lazyahead.results import Completion, Piece  # noqa: PLC0415
 
     bar, pieces = ReadingBar(), list[Piece]()
@@ -98,7 +105,7 @@ def answer(ask: Ask, *, quiet: bool = False) -> Completion:
                 interrupt.can_wait = True
                 pieces.append(piece)
                 if not quiet:
-                    print(piece.text, end="", flush=True)
+                    (show or _print)(piece)
                 if interrupt.came:
                     break
     finally:
@@ -106,6 +113,19 @@ def answer(ask: Ask, *, quiet: bool = False) -> Completion:
         if pieces and not quiet:
             print(flush=True)
     return Completion.fold(pieces)
+
+
+def _print(piece: Piece) -> None:
+    print(piece.text, end="", flush=True)
+
+
+def _printer(llm: LLM, coloured: bool) -> Callable[[Piece], None]:
+    """In colours where that was asked for and stdout is a terminal."""
+    if not (coloured and sys.stdout.isatty()):
+        return _print
+    from lazyahead.cli.origin import ColourPrinter  # noqa: PLC0415
+
+    return ColourPrinter(llm.tokenizer)
 
 
 def summary(completion: Completion) -> dict[str, Any]:

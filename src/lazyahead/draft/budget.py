@@ -10,17 +10,21 @@ from math import pow
 from lazyahead.draft.tree import ROOT, Draft, Source
 from lazyahead.errors import ConfigError
 
+_CONTEXT_STEP = 256
+
 
 @dataclass(frozen=True)
 class RowCost:
     """Seconds of a decoding step by its number of rows, as measured on one model, device and dtype.
 
     `points` are (rows, seconds); between them the curve is a line, beyond the last it goes on as the last line does,
-    and it never falls (a measurement that does is noise). Raises ConfigError without points, for rows below 1 or
-    seconds not above 0.
+    and it never falls (a measurement that does is noise). `per_token` holds the seconds that each token of context
+    adds, for the rows of `points`; empty: none. Raises ConfigError without points, for rows below 1, seconds not above
+    0, or a `per_token` that does not fit.
     """
 
     points: Sequence[tuple[int, float]]
+    per_token: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         points = sorted((int(rows), float(seconds)) for rows, seconds in self.points)
@@ -30,6 +34,18 @@ class RowCost:
         for rows, seconds in reversed(points):  # noise only adds: a step costs no more than a larger one
             lowest = rising[rows] = min(lowest, seconds)
         object.__setattr__(self, "points", tuple(sorted(rising.items())))
+        if self.per_token and (len(self.per_token) != len(rising) or not all(0 <= s < 1 for s in self.per_token)):
+            raise ConfigError(f"per_token needs seconds >= 0 for each of {len(rising)} points, got {self.per_token}")
+
+    def at(self, num_tokens: int) -> "RowCost":
+        """The curve over a context of about so many tokens."""
+        place = num_tokens // _CONTEXT_STEP
+        if not self.per_token or not place:
+            return self
+        if place not in self._by_context:
+            added = [place * _CONTEXT_STEP * seconds for seconds in self.per_token]
+            self._by_context[place] = RowCost([(r, s + more) for (r, s), more in zip(self.points, added, strict=True)])
+        return self._by_context[place]
 
     def seconds(self, rows: int) -> float:
         """Of one step with this many rows (1 = the last token alone)."""
@@ -50,15 +66,20 @@ class RowCost:
         return choose([[1.0] * limit], self, other_rows, min_gain=0.0)[0]
 
     def to_json(self) -> str:
-        return json.dumps({"row_cost": self.points})
+        return json.dumps({"row_cost": self.points, "per_token": self.per_token})
 
     @classmethod
     def from_json(cls, text: str) -> "RowCost":
         """Raises ConfigError for a text that `to_json` did not write."""
         try:
-            return cls([(rows, seconds) for rows, seconds in json.loads(text)["row_cost"]])
+            values = json.loads(text)
+            return cls([(rows, seconds) for rows, seconds in values["row_cost"]], tuple(values["per_token"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"not a row cost: {text[:80]!r}") from error
+
+    @cached_property
+    def _by_context(self) -> dict[int, "RowCost"]:
+        return {}
 
     @cached_property
     def _table(self) -> list[float]:
@@ -144,22 +165,27 @@ class Acceptance:
         """Judge a draft (with sources, match lengths and probabilities) by the tokens that came.
 
         Every node whose parent was right is judged, verified or not, so that a source which no longer pays is noticed
-        when it does again. A guess that its fellows outvoted counts as a part of one, by its share of the votes.
+        when it does again. Guesses of one kind at one place are one judgement, right where one of them is; kinds are
+        judged most trusted first, and none that is less trusted than the one that was right.
         """
-        right_nodes = {ROOT}
-        for i, parent in enumerate(draft.parents):
-            depth = draft.depths[i]
-            if parent not in right_nodes or depth > len(tokens):
-                continue
-            is_right = draft.token_ids[i] == tokens[depth - 1]
-            if is_right:
-                right_nodes.add(i)
-            chance = draft.probs[i] / (draft.probs[parent] if parent != ROOT else 1.0)
-            self._count(draft.sources[i], length_class(draft.match_lens[i]), DEPTH_CLASS[depth], chance, is_right)
+        node: int | None = ROOT
+        depth = 0
+        while node is not None and depth < len(tokens):
+            kinds: dict[tuple[Source, int], int | None] = {}
+            for child in draft.children[node]:
+                kind = draft.sources[child], length_class(draft.match_lens[child])
+                kinds.setdefault(kind, None)
+                if draft.token_ids[child] == tokens[depth]:
+                    kinds[kind] = child
+            node, depth = None, depth + 1
+            for source, length in sorted(kinds, key=lambda kind: -self._rates[kind[0]][kind[1]][0]):
+                node = kinds[source, length]
+                self._count(source, length, DEPTH_CLASS[depth], node is not None)
+                if node is not None:
+                    break
 
-    def _count(self, source: Source, length: int, depth: int, chance: float, is_right: bool) -> None:
+    def _count(self, source: Source, length: int, depth: int, is_right: bool) -> None:
         rates, judged, right = self._rates[source][length], self._judged[source][length], self._right[source][length]
-        share = min(1.0, chance / rates[depth])
-        judged[depth] = judged[depth] * self.decay + share
+        judged[depth] = judged[depth] * self.decay + 1.0
         right[depth] = right[depth] * self.decay + is_right
         rates[depth] = min(max(right[depth] / judged[depth], 0.001), 0.995)

@@ -1,111 +1,187 @@
 """From matches to a draft: the counted sub-trie under the matched suffixes, grown from its likeliest node outwards."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from heapq import heappop, heappush
-from operator import itemgetter
-from typing import Literal
+from itertools import groupby
+from typing import Literal, Protocol
 
-from lazyahead.draft.budget import DEPTH_CLASS, Acceptance, length_class
+from lazyahead.draft.budget import DEPTH_CLASS, MAX_DEPTH, Acceptance, length_class
 from lazyahead.draft.tree import ROOT, Draft, Source
 
 Mode = Literal["hierarchical", "parallel", "single"]
 
 MIN_PROB = 0.02
 """A node less likely than this is not worth its row."""
+REMATCH_PROB = 0.1
+"""A node less likely than this is not worth a lookup of its own."""
 
 
 _Node = tuple[float, int, int, int, int, "list[Branch]"]
 """(-probability, number, parent, depth, token, branches through it, most trusted first): the likeliest sorts first."""
 
 
+class Finder(Protocol):
+    """Looks guesses up as if they had been written."""
+
+    @property
+    def announced(self) -> Collection[int]:
+        """Guesses that announce something, whatever follows them elsewhere."""
+
+    def find(self, path: Sequence[int], is_open: bool) -> "list[Branch]":
+        """What follows after the text and these guesses, newest first; branches already followed may be among it.
+        Without `is_open` only what they announce."""
+
+
 class Branch:
-    """What once followed a suffix of the text at hand; `weight` is its vote on what follows now."""
+    """What once followed a suffix of the text at hand, or of the text and guesses; `weight` is its vote."""
 
-    __slots__ = ("match_len", "rates", "source", "tokens", "weight")
+    __slots__ = ("depth", "match_len", "position", "rates", "source", "tokens", "weight")
 
-    def __init__(self, tokens: list[int], source: Source, match_len: int) -> None:
+    def __init__(self, tokens: list[int], source: Source, match_len: int, position: int = -1, depth: int = 0) -> None:
         self.tokens = tokens
         self.source = source
         self.match_len = match_len
+        self.position = position  # of the first token, where the branch was read
+        self.depth = depth  # of the node that its first token follows
         self.weight = 0.0
         self.rates: list[float] = []  # of acceptance, by depth class
 
 
-def grow(branches: Sequence[Branch], acceptance: Acceptance, max_nodes: int, mode: Mode, decay: float) -> Draft:
+def grow(
+    branches: Sequence[Branch],
+    acceptance: Acceptance,
+    max_nodes: int,
+    mode: Mode,
+    decay: float,
+    finder: Finder | None = None,
+    max_depth: int = MAX_DEPTH,
+) -> Draft:
     """The at most `max_nodes` likeliest nodes of the trie that the branches (newest first) span.
 
     "hierarchical" merges equal prefixes, "single" keeps the likeliest branch alone, and "parallel" gives each branch
-    its own nodes: the three drafts that the paper compares (arXiv 2312.12728, section 3.2).
+    its own nodes: the three drafts that the paper compares (arXiv 2312.12728, section 3.2). A likely node is looked up
+    in its turn (`finder`), as if it had been written: what follows there joins the branches through it.
     """
     ranked = _weigh(branches, acceptance, decay)
     if mode == "parallel":
         return _depth_first(_side_by_side(ranked, max_nodes))
-    heap = _children(ranked, ROOT, 1.0, 1, 0)
+    heap: list[_Node] = []
     nodes: list[_Node] = []
-    num_seen = 0
-    while True:
+    num_seen, announced = 0, () if finder is None else finder.announced
+    children = _children(ranked, ROOT, 1.0, 1, 0)
+    while len(nodes) < max_nodes:
         if mode == "single":
-            del heap[1:]
-        if not heap or len(nodes) == max_nodes:
-            return _depth_first(nodes)
-        node = heappop(heap)
+            del children[1:]
+        if len(children) == 1 and not (heap and heap[0] < children[0]):
+            node = children[0]  # along a branch, the likeliest node is the next one
+        else:
+            for child in children:
+                heappush(heap, child)
+            if not heap:
+                break
+            node = heappop(heap)
         nodes.append(node)
         num_seen += len(ranked)
-        minus_prob, _, _, depth, _, through = node
-        for child in _children(through, len(nodes) - 1, -minus_prob, depth + 1, num_seen):
-            heappush(heap, child)
+        minus_prob, _, _, depth, token, through = node
+        if finder is not None and -minus_prob > REMATCH_PROB:
+            lead = through[0]  # what was asked is quoted up to some point, and branches end
+            is_open = lead.source is Source.ASKED or depth - lead.depth >= len(lead.tokens)
+            if is_open or token in announced:
+                through = _joined(through, finder.find(_path(nodes), is_open), depth, acceptance, decay)
+                num_seen += len(through)
+        children = _children(through, len(nodes) - 1, -minus_prob, depth + 1, num_seen) if depth < max_depth else []
+    return _depth_first(nodes)
+
+
+def _path(nodes: Sequence[_Node]) -> list[int]:
+    """The guesses down to the last node."""
+    path, node = list[int](), len(nodes) - 1
+    while node != ROOT:
+        path.append(nodes[node][4])
+        node = nodes[node][2]
+    return path[::-1]
+
+
+def _joined(
+    through: list[Branch], found: Sequence[Branch], depth: int, acceptance: Acceptance, decay: float
+) -> list[Branch]:
+    """The branches through a node, and of those found there the ones that are new.
+
+    A quote of what was asked ends where all else that was found goes on in one other way.
+    """
+    if not found:
+        return through
+    alive = [branch for branch in through if branch.depth + len(branch.tokens) > depth]
+    known = {branch.position - branch.depth for branch in alive if branch.source is not Source.MEMORY}
+    new = _weigh([branch for branch in found if branch.position - branch.depth not in known], acceptance, decay)
+    if not new:
+        return through
+    if alive and alive[0].source is Source.ASKED:
+        next_token = alive[0].tokens[depth - alive[0].depth]
+        agreeing = [branch for branch in new if branch.tokens[0] == next_token]
+        if agreeing:
+            return [*alive, *agreeing]
+        return [*new, *alive] if len({branch.tokens[0] for branch in new}) == 1 else [*alive, *new]
+    return sorted([*new, *alive], key=lambda branch: -branch.rates[0])
 
 
 def _weigh(branches: Sequence[Branch], acceptance: Acceptance, decay: float) -> list[Branch]:
-    """Give each branch its vote, and return them most trusted first.
+    """The branches most trusted first, each with its share of the vote of its kind.
 
-    The branches of one source and length class are one voter: the learned odds that it is right are divided among
-    them, the n-th newest getting decay^n. So counts decide within a voter, as in the paper's trie, trust decides
-    between voters, and no number of remembered answers can crowd out the text at hand.
+    The branches of one source and length class are one voter, the n-th newest having decay^n of its vote. So counts
+    decide within a voter, as in the paper's trie, trust decides between voters, and no number of remembered answers
+    can crowd out the text at hand.
     """
     voters: dict[tuple[Source, int], list[Branch]] = {}
     for branch in branches:
         voters.setdefault((branch.source, length_class(branch.match_len)), []).append(branch)
-    ranked: list[tuple[float, list[Branch]]] = []
     for voter in voters.values():
         rates = acceptance.rates(voter[0].source, voter[0].match_len)
-        ranked.append((rates[0], voter))
-        votes = [decay**age for age in range(len(voter))]
-        unit = rates[0] / (1.0 - rates[0]) / sum(votes)
-        for branch, vote in zip(voter, votes, strict=True):
-            branch.weight, branch.rates = unit * vote, rates
-    ranked.sort(key=itemgetter(0), reverse=True)
-    return [branch for _, voter in ranked for branch in voter]
+        for age, branch in enumerate(voter):
+            branch.weight, branch.rates = decay**age, rates
+    ranked = sorted(voters.values(), key=lambda voter: -voter[0].rates[0])
+    return [branch for voter in ranked for branch in voter]
 
 
 def _children(branches: list[Branch], parent: int, prob: float, depth: int, number: int) -> list[_Node]:
-    """The nodes at `depth` below `parent`, likeliest first, leaving out those that are not worth a row."""
-    lead = branches[0]
+    """The nodes at `depth` below `parent`, likeliest first, leaving out those that are not worth a row.
+
+    The most trusted voter is right as often as was learned; where it is wrong the next one is asked, and so on.
+    """
+    step = DEPTH_CLASS[depth]
     if len(branches) == 1:  # the common case deep down
-        prob *= lead.rates[DEPTH_CLASS[depth]]
-        if depth > len(lead.tokens) or prob < MIN_PROB:
+        lead = branches[0]
+        prob *= lead.rates[step]
+        if depth - lead.depth > len(lead.tokens) or prob < MIN_PROB:
             return []
-        return [(-prob, number, parent, depth, lead.tokens[depth - 1], branches)]
+        return [(-prob, number, parent, depth, lead.tokens[depth - lead.depth - 1], branches)]
     followers: dict[int, list[Branch]] = {}
-    votes: dict[int, float] = {}
-    for branch in branches:
-        if depth <= len(branch.tokens):
-            token = branch.tokens[depth - 1]
-            if token in votes:
+    chances: dict[int, float] = {}
+    alive = [(branch, depth - branch.depth - 1) for branch in branches]
+    alive = [(branch, place) for branch, place in alive if place < len(branch.tokens)]
+    for _, voter in groupby(alive, key=_voter):
+        votes = list(voter)
+        rates = votes[0][0].rates
+        share = prob * rates[step] / sum(branch.weight for branch, _ in votes)
+        prob *= 1.0 - rates[step]
+        for branch, place in votes:
+            token = branch.tokens[place]
+            if token in chances:
                 followers[token].append(branch)
-                votes[token] += branch.weight
+                chances[token] += share * branch.weight
             else:
                 followers[token] = [branch]
-                votes[token] = branch.weight
-    prob /= sum(votes.values()) or 1.0
+                chances[token] = share * branch.weight
     nodes: list[_Node] = []
-    for token, vote in votes.items():
-        through = followers[token]
-        chance = prob * vote * through[0].rates[DEPTH_CLASS[depth]]
+    for token, chance in chances.items():
         if chance >= MIN_PROB:
-            nodes.append((-chance, number + len(nodes), parent, depth, token, through))
+            nodes.append((-chance, number + len(nodes), parent, depth, token, followers[token]))
     nodes.sort()
     return nodes
+
+
+def _voter(vote: tuple[Branch, int]) -> int:
+    return id(vote[0].rates)  # one list for each source and length class
 
 
 def _side_by_side(branches: Sequence[Branch], max_nodes: int) -> list[_Node]:

@@ -22,6 +22,8 @@ class Source(IntEnum):
     PROMPT = 0
     OUTPUT = 1
     MEMORY = 2
+    ASKED = 3
+    """The end of the prompt again, behind a gap: answers name things in the order in which they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,11 @@ class Draft:
             nodes.append(node)
             node = self.parents[node]
         return nodes[::-1]
+
+    def sources_of(self, nodes: Sequence[int], num_tokens: int) -> tuple[Source | None, ...]:
+        """Of the first `num_tokens` of a step's tokens, whose drafted ones are `nodes`; None: the model's own."""
+        drafted = [self.sources[node] for node in nodes[:num_tokens]] if self.sources else []
+        return (*drafted, *[None] * (num_tokens - len(drafted)))
 
     def within(self, depth: int) -> Self:
         """The nodes at most this deep, in the same order; the draft itself where it is no deeper."""

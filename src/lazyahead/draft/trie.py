@@ -107,8 +107,7 @@ class TokenTrie:
         tokens = tokens[-(self._max_size // 2) :]
         self._make_room(len(tokens))
         if len(tokens) <= _SCALAR_CHUNK:
-            for token in tokens:
-                self._append(token)
+            self._append(tokens)
         else:
             values = np.asarray(tokens, dtype=np.int32)
             for i in range(0, len(values), _CHUNK):
@@ -134,11 +133,12 @@ class TokenTrie:
 
     # ---- reading ----
 
-    def match(self, query: Sequence[int], limit: int = 16, max_links: int = 64) -> list[Match]:
+    def match(self, query: Sequence[int], limit: int = 16, max_links: int = 64, min_length: int = 1) -> list[Match]:
         """Positions that follow the longest suffixes of `query` (its last `query_length` tokens), at most `limit`.
 
         The chain of the highest order goes first, newest position first, and each order adds only the matches too
-        short for the order above; `max_links` bounds the walk along each chain. Sorted longest match first, newest
+        short for the order above; `max_links` bounds the walk along each chain, and orders below `min_length` are left
+        out. Sorted longest match first, newest
         first among equals. With both bounds above the length of the text these are *all* occurrences of all suffixes.
         """
         backwards = query[: -self.query_length - 1 : -1]
@@ -147,6 +147,8 @@ class TokenTrie:
         shorter_than = self.query_length + 1
         slots = self._slots(backwards)
         for i in range(len(slots) - 1, -1, -1):
+            if shorter_than <= min_length:
+                break
             order, older, position, links = ORDERS[i], self._older[i], self._heads[i][slots[i]], max_links
             while position > start and links:
                 length = 0
@@ -180,18 +182,30 @@ class TokenTrie:
         sums = list(accumulate(map(mul, backwards, _MULTIPLIERS)))
         return [(sums[order - 1] & _WORD) >> self._shift for order in ORDERS if order <= len(sums)]
 
-    def _append(self, token: int) -> None:
-        position, mask = self._end, self._mask
-        slot, tokens = position & mask, self._tokens
-        tokens[slot] = token
-        if slot >= _LONGEST:
-            backwards: Sequence[int] = tokens[slot - _LONGEST : slot][::-1]
-        else:
-            backwards = [tokens[(position - n) & mask] for n in range(1, _LONGEST + 1)]
-        for heads, older, head in zip(self._heads, self._older, self._slots(backwards), strict=True):
-            older[slot] = heads[head]
-            heads[head] = position
-        self._end = position + 1
+    def _append(self, tokens: Sequence[int]) -> None:
+        """Link a few tokens into the chains: `_index` in plain numbers, one token after the other."""
+        held, mask, shift, position = self._tokens, self._mask, self._shift, self._end
+        (heads1, heads2, heads4, heads8), (older1, older2, older4, older8) = self._heads, self._older
+        m1, m2, m3, m4, m5, m6, m7, m8 = _MULTIPLIERS
+        t8, t7, t6, t5, t4, t3, t2, t1 = (held[(position - n) & mask] for n in range(_LONGEST, 0, -1))
+        for token in tokens:
+            slot = position & mask
+            held[slot] = token
+            total = t1 * m1
+            head = (total & _WORD) >> shift
+            older1[slot], heads1[head] = heads1[head], position
+            total += t2 * m2
+            head = (total & _WORD) >> shift
+            older2[slot], heads2[head] = heads2[head], position
+            total += t3 * m3 + t4 * m4
+            head = (total & _WORD) >> shift
+            older4[slot], heads4[head] = heads4[head], position
+            total += t5 * m5 + t6 * m6 + t7 * m7 + t8 * m8
+            head = (total & _WORD) >> shift
+            older8[slot], heads8[head] = heads8[head], position
+            t8, t7, t6, t5, t4, t3, t2, t1 = t7, t6, t5, t4, t3, t2, t1, token
+            position += 1
+        self._end = position
 
     def _append_chunk(self, values: npt.NDArray[np.int32]) -> None:
         positions = np.arange(self._end, self._end + len(values))
@@ -259,8 +273,7 @@ class TokenTrie:
             self._renumber()
         if spared:
             self._begin_piece()
-            for token in (*spared, SEPARATOR):
-                self._append(token)
+            self._append((*spared, SEPARATOR))
             self._begin_piece()
 
     def _begin_piece(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lazyahead.draft.answers import AnswerLog
+from lazyahead.draft.asked import Pointer, Spell
 from lazyahead.draft.budget import MAX_DEPTH, Acceptance
 from lazyahead.draft.grow import Branch, Mode, grow
 from lazyahead.draft.tree import Draft, Source
@@ -24,6 +25,7 @@ class TrieDrafter:
         log: where what is remembered outlives this object; a namespace is read from it when it is first used.
         max_matches: occurrences looked at per lookup, in the request's text and in the remembered ones each.
         decay: vote of an occurrence against the next newer one of the same kind.
+        spell: what a token spells, so that a quote is found that begins in another case.
 
     `remember` adds documents and earlier answers; a request's own text is dropped when the request stops. Not
     thread-safe. Raises ConfigError for values out of range.
@@ -38,6 +40,7 @@ class TrieDrafter:
         log: AnswerLog | None = None,
         max_matches: int = 8,
         decay: float = 0.9,
+        spell: Spell | None = None,
     ) -> None:
         if mode not in ("hierarchical", "parallel", "single"):
             raise ConfigError(f"mode {mode!r} must be 'hierarchical', 'parallel' or 'single'")
@@ -52,6 +55,7 @@ class TrieDrafter:
         self.log = log
         self.max_matches = max_matches
         self.decay = decay
+        self.spell = spell
         self._namespaces: dict[str, Namespace] = {}
 
     def start(self, prompt: Sequence[int] = (), namespace: str = "default") -> "TrieRequest":
@@ -85,10 +89,9 @@ class TrieDrafter:
 
     def namespace(self, name: str = "default") -> "Namespace":
         """What the namespace remembers, read from the log where it was not yet. Raises MemoryFileError."""
-        if not self.capacity_bytes:
-            return Namespace(None)
         if name not in self._namespaces:
-            namespace = Namespace(TokenTrie(self.branch_length, capacity_bytes=self.capacity_bytes))
+            capacity = self.capacity_bytes
+            namespace = Namespace(TokenTrie(self.branch_length, capacity_bytes=capacity) if capacity else None)
             if self.log is not None:
                 namespace.load(self.log.answers(name))
             self._namespaces[name] = namespace
@@ -123,6 +126,10 @@ _PATIENCE = 8  # misses in a row before lookups are skipped
 _MAX_SKIP = 7  # lookups skipped at most before one is tried
 _HEADROOM = 2048  # tokens of answer that the prompt's index has room for
 NUM_LEAD = 16  # prompt tokens that are remembered in front of an answer, so that its first tokens are found
+_NUM_REMATCHES = 3  # occurrences looked at for a guess
+_REMATCH_LEN = 4  # a guess is looked up where this many tokens agree
+_ASKED_LEN = 16  # what is asked next is trusted like a match of this length, until more is known
+_FIRST_LEN = 4  # the same, for the first thing that is quoted
 _USED_MATCH_LEN = 4  # a shorter match in a remembered text does not count as a use of it
 
 
@@ -144,16 +151,25 @@ class TrieRequest:
         self._num_misses = 0
         self._num_skips = 0
         self._looked_up = False
+        self._pointer: Pointer | None = None
+        self._prompt_end, self._answer_begun = 0, False
 
     def extend(self, tokens: Sequence[int], source: Source = Source.OUTPUT) -> None:
         if not tokens:
             return
         if source is Source.PROMPT:
+            self._answer_begun = False
+            self._pointer = Pointer([*self._recent, *tokens], self._drafter.spell)
             self.own.reserve(len(tokens) + _HEADROOM)
+        elif self._pointer is not None:
+            self._pointer.extend(tokens)
+            self._answer_begun = True
         if not self._sources or self._sources[-1] is not source:
             self._sources.append(source)
             self._run_starts.append(self.own.end)
         self.own.extend(tokens)
+        if source is Source.PROMPT:
+            self._prompt_end = self.own.end
         query_length = self.own.query_length
         self._recent += tokens[-query_length:]
         del self._recent[:-query_length]
@@ -169,9 +185,33 @@ class TrieRequest:
         if max_nodes < 1:
             return Draft.EMPTY
         branches = self._own_branches() + self._shared_branches()
+        if self._answer_begun:
+            branches += self._asked()
         if not branches:
             return Draft.EMPTY
-        return grow(branches, self._namespace.acceptance, max_nodes, self._drafter.mode, self._drafter.decay)
+        drafter, acceptance = self._drafter, self._namespace.acceptance
+        return grow(branches, acceptance, max_nodes, drafter.mode, drafter.decay, self, drafter.branch_length)
+
+    @property
+    def announced(self) -> Sequence[int]:
+        """Tokens behind which what is asked next may be quoted."""
+        return self._pointer.lead if self._pointer is not None else ()
+
+    def find(self, path: Sequence[int], is_open: bool) -> list[Branch]:
+        """What follows the text and these guesses, where several tokens agree, or what they announce."""
+        branches = list[Branch]()
+        if is_open:
+            found = self.own.match([*self._recent, *path], _NUM_REMATCHES, 8, _REMATCH_LEN)
+            branches = [self._own_branch(position, match_len, len(path)) for position, match_len in found]
+        return branches + self._asked(path) if path[-1] in self.announced else branches
+
+    def _asked(self, path: Sequence[int] = ()) -> list[Branch]:
+        """What was asked next, where the text and these guesses lead up to it."""
+        found = self._pointer.next(path, self._drafter.branch_length) if self._pointer is not None else None
+        if found is None:
+            return []
+        match_len = _FIRST_LEN if found.is_first else _ASKED_LEN
+        return [Branch(found.tokens, Source.ASKED, match_len, self._prompt_end + found.place, len(path))]
 
     def feedback(self, draft: Draft, tokens: Sequence[int]) -> None:
         if not self._looked_up:
@@ -188,11 +228,12 @@ class TrieRequest:
         self._sources, self._run_starts, self._recent, self._answer = [], [], [], []
 
     def _own_branches(self) -> list[Branch]:
-        own = self.own
-        return [
-            Branch(own.branch(position), self._sources[bisect(self._run_starts, position) - 1], match_len)
-            for position, match_len in own.match(self._recent, self._drafter.max_matches)
-        ]
+        matches = self.own.match(self._recent, self._drafter.max_matches)
+        return [self._own_branch(position, match_len) for position, match_len in matches]
+
+    def _own_branch(self, position: int, match_len: int, depth: int = 0) -> Branch:
+        source = self._sources[bisect(self._run_starts, position) - 1]
+        return Branch(self.own.branch(position), source, match_len, position, depth)
 
     def _shared_branches(self) -> list[Branch]:
         shared = self._namespace.shared
@@ -201,4 +242,4 @@ class TrieRequest:
         matches = shared.match(self._recent, self._drafter.max_matches)
         if matches and matches[0][1] >= _USED_MATCH_LEN:
             shared.touch(matches[0][0])
-        return [Branch(shared.branch(position), Source.MEMORY, match_len) for position, match_len in matches]
+        return [Branch(shared.branch(position), Source.MEMORY, match_len, position) for position, match_len in matches]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -75,6 +76,11 @@ class Anatomy:
     def attends_fully(self) -> tuple[bool, ...]:
         """Which layers see every earlier token."""
         return tuple(kind == "full_attention" for kind in self.layer_types)
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[tuple[int | str, Plan], ...], ...]:
+        """Per layer what it is handed: layers of one kind are handed the same tables."""
+        return tuple(tuple(plans.items()) for plans in self.plans)
 
     @property
     def device(self) -> torch.device:

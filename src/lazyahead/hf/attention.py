@@ -6,6 +6,7 @@ before; a draft row sees, among the drafts, only its ancestors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lazyahead.hf.cache import LayerKV
 
-_FEW = 32
+_FEW = 64
 """Up to this many rows, the query heads that share keys are folded into rows: no key is read twice."""
 _BLOCK = 512
 """Rows per block where a mask is needed, so that no mask is larger than (512, N)."""
@@ -43,8 +44,8 @@ class Rows(NamedTuple):
     """Highest position, known without asking the device."""
     ancestors: Tensor | None = None
     """(M, M) for the last M rows, which are drafts: [i, j] says that j is i or comes before it."""
-    masks: dict[Heads, Tensor] | None = None
-    """Masks that layers with the same rows and keys share."""
+    masks: dict[tuple[Heads, int], Tensor] | None = None
+    """Masks that layers with the same rows and keys share, by heads and how often they repeat."""
 
 
 def attend(query: Tensor, kv: LayerKV, rows: Rows, heads: Heads) -> Tensor:
@@ -61,6 +62,8 @@ def attend(query: Tensor, kv: LayerKV, rows: Rows, heads: Heads) -> Tensor:
         return scaled_dot_product_attention(
             query, kv.keys, kv.values, is_causal=True, scale=heads.scaling, enable_gqa=grouped
         )
+    if num_rows <= _FEW and plain:
+        return _fold(query, kv, _bias(rows, kv, heads, query.shape[1] // kv.keys.shape[1]), heads)
     blocks = [
         _attend_block(query[:, :, start : start + _BLOCK], start, kv, rows, heads)
         for start in range(0, num_rows, _BLOCK)
@@ -84,13 +87,24 @@ def _sees_everything(rows: Rows, heads: Heads) -> bool:
     return heads.chunk is None or rows.last < heads.chunk
 
 
-def _shared_mask(rows: Rows, part: slice, key_positions: Tensor, heads: Heads) -> Tensor:
-    """`_mask`, remembered for the next layer where all rows fit in one block."""
-    if rows.masks is None or part.start or rows.positions.numel() > _BLOCK:
-        return _mask(rows, part, key_positions, heads)
-    kind = heads._replace(scaling=0.0, softcap=None, sinks=None)
+def _bias(rows: Rows, kv: LayerKV, heads: Heads, groups: int) -> Tensor:
+    """(G * T, N) what is added to the logits of few rows: 0 where a row sees a key, else -inf. A mask of booleans
+    would be turned into this at every layer."""
+
+    def make() -> Tensor:
+        hidden = ~_mask(rows, slice(0, None), kv.positions, heads)
+        return kv.keys.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf).repeat(groups, 1)
+
+    return _shared(rows, heads, groups, make)
+
+
+def _shared(rows: Rows, heads: Heads, groups: int, make: Callable[[], Tensor]) -> Tensor:
+    """What `make` makes, remembered for the next layer."""
+    if rows.masks is None:
+        return make()
+    kind = (heads._replace(scaling=0.0, softcap=None, sinks=None), groups)
     if kind not in rows.masks:
-        rows.masks[kind] = _mask(rows, part, key_positions, heads)
+        rows.masks[kind] = make()
     return rows.masks[kind]
 
 
@@ -115,24 +129,23 @@ def _attend_block(query: Tensor, start: int, kv: LayerKV, rows: Rows, heads: Hea
     num_rows, total = query.shape[2], rows.positions.numel()
     seen = len(kv) - total + start + num_rows if rows.ancestors is None else len(kv)  # later rows are later keys
     keys, values = kv.keys[:, :, :seen], kv.values[:, :, :seen]
-    mask = _shared_mask(rows, slice(start, start + num_rows), kv.positions[:seen], heads)
+    part = slice(start, start + num_rows)
+    if num_rows == total:
+        mask = _shared(rows, heads, 0, lambda: _mask(rows, part, kv.positions[:seen], heads))
+    else:
+        mask = _mask(rows, part, kv.positions[:seen], heads)
     if heads.softcap is not None or heads.sinks is not None:
         weights = _weights(query, keys, mask, heads).to(values.dtype)
         return (weights @ values).view(1, query.shape[1], num_rows, -1)
-    if num_rows <= _FEW:
-        return _fold(query, kv, mask, heads)
     grouped = query.shape[1] != keys.shape[1]
     return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=heads.scaling, enable_gqa=grouped)
 
 
-def _fold(query: Tensor, kv: LayerKV, mask: Tensor | None, heads: Heads) -> Tensor:
+def _fold(query: Tensor, kv: LayerKV, bias: Tensor | None, heads: Heads) -> Tensor:
     """Grouped heads as extra rows: (1, H, T, D) -> (1, H_kv, G * T, D) and back."""
     num_heads, num_rows, num_kv = query.shape[1], query.shape[2], kv.keys.shape[1]
-    groups = num_heads // num_kv
-    folded = query.reshape(1, num_kv, groups * num_rows, -1)
-    if mask is not None:
-        mask = mask.repeat(groups, 1)
-    out = scaled_dot_product_attention(folded, kv.keys, kv.values, attn_mask=mask, scale=heads.scaling)
+    folded = query.reshape(1, num_kv, num_heads // num_kv * num_rows, -1)
+    out = scaled_dot_product_attention(folded, kv.keys, kv.values, attn_mask=bias, scale=heads.scaling)
     return out.view(1, num_heads, num_rows, -1)
 
 

@@ -129,7 +129,7 @@ class Runner:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             pass_ = _current.get()
-            if pass_ is None:
+            if pass_ is None or pass_.detour is not None:
                 return None
             pass_.layer = index
             if self.on_layer is not None:
@@ -141,6 +141,8 @@ class Runner:
             hidden = hidden if crossed is None else crossed
             places = tuple(pass_.for_rows(plans.get(place), args[place]) for place in range(1, len(args)))
             names = {name: pass_.for_rows(plans.get(name), value) for name, value in kwargs.items()}
+            if pass_.looks_ahead:
+                pass_.note_call(index, args, kwargs)
             if pass_.is_over:
                 raise _AllDeferred
             return ((hidden, *places), names) if args else ((), {**names, "hidden_states": hidden})
@@ -150,7 +152,7 @@ class Runner:
     def _leave_layers(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Back to the rows that entered, so that what follows the layers finds the shape it knows."""
         pass_ = _current.get()
-        if pass_ is None or not pass_.has_changed:
+        if pass_ is None or not pass_.has_changed or pass_.detour is not None:
             return None
         if isinstance(output, tuple):
             return pass_.restore(output[0]), *output[1:]
@@ -182,6 +184,8 @@ def _attention(
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )
+    if pass_.detour is not None:
+        return pass_.detour.attend(query, key, value, heads).transpose(1, 2).contiguous(), None
     if pass_.is_empty:
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
     if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):

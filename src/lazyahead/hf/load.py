@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import constants, get_session, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lazyahead.errors import ConfigError, ModelNotFoundError, OutOfMemoryError, UnsupportedModelError
 
+T = TypeVar("T")
+NETWORK_TIMEOUT_S = 5.0
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -24,8 +29,7 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrain
     target = _device(device)
     _check_folder(name)
     try:
-        model = _weights(name, dtype)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, tokenizer = _nearest(name, lambda **where: _parts(name, dtype, **where))
         return model.eval().to(target), tokenizer
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(f"{name} does not fit on {target}; choose a smaller model or dtype") from error
@@ -36,17 +40,52 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrain
         raise UnsupportedModelError(f"cannot load model {name!r}: {_first_line(error)}") from None
 
 
-def _weights(name: str, dtype: str, attention: str = "sdpa") -> PreTrainedModel:
+def _nearest(name: str, get: Callable[..., T]) -> T:
+    """From the hub's local cache where it is all there, else from the network: a cached model waits for nobody."""
+    if not Path(name).exists():
+        try:
+            return get(local_files_only=True)
+        except OSError:
+            _check_network(name)
+    return get()
+
+
+def _check_network(name: str) -> None:
+    """One quick look, as the hub retries for half a minute. Raises ModelNotFoundError where nobody answers."""
+    if constants.HF_HUB_OFFLINE:
+        raise ModelNotFoundError(f"{name!r} is not in the local cache and HF_HUB_OFFLINE is set; give a model folder")
+    try:
+        get_session().head(constants.ENDPOINT, timeout=NETWORK_TIMEOUT_S)
+    except Exception as error:
+        reason = _first_line(error)
+        raise ModelNotFoundError(
+            f"{name!r} is not in the local cache and {constants.ENDPOINT} does not answer ({reason}); "
+            "give a model folder, or look at the network"
+        ) from None
+
+
+def _parts(name: str, dtype: str, **where: bool) -> tuple[PreTrainedModel, Any]:
+    """The tokenizer first: it is small, and says at once that there is nothing.
+
+    Without its files some families would make an empty one up, so that the cache must have one of them.
+    """
+    if where and not any(isinstance(try_to_load_from_cache(name, file), str) for file in VOCABULARIES):
+        raise OSError(f"the local cache has no tokenizer of {name!r}")
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
+    return _weights(name, dtype, "sdpa", **where), tokenizer
+
+
+def _weights(name: str, dtype: str, attention: str, **where: bool) -> PreTrainedModel:
     """The model with `attention`, or eager where the family refuses it; never what its config asks for, which may be
     code from elsewhere."""
     try:
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation=attention
+            name, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation=attention, **where
         )
     except ValueError as error:
         if attention == "eager" or "scaled_dot_product_attention" not in str(error):
             raise
-        return _weights(name, dtype, "eager")
+        return _weights(name, dtype, "eager", **where)
 
 
 def max_context(model: PreTrainedModel) -> int:
@@ -100,7 +139,7 @@ def model_config(name: str) -> Any:
     """The config alone. Raises as `load`."""
     _check_folder(name)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return _nearest(name, lambda **where: AutoConfig.from_pretrained(name, trust_remote_code=False, **where))
     except OSError as error:
         raise ModelNotFoundError(f"cannot load model {name!r}: {_first_line(error)}") from None
     except (ValueError, KeyError) as error:

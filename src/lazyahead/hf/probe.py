@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lazyahead.hf.ahead import Standing, run_ahead
 from lazyahead.hf.anatomy import Anatomy, declared_types, dissect
 from lazyahead.hf.attention import Heads, Rows, attend
 from lazyahead.hf.cache import Growing, LayerKV
 from lazyahead.hf.forward import Runner
 from lazyahead.hf.look import Unfit, switched
 from lazyahead.hf.plain import PlainRunner
+from lazyahead.hf.rows import Pass
 
 Level = Literal["full", "decode-only", "none"]
 
@@ -155,6 +157,10 @@ class _Held:
         self._store, self._middle, self._brings, self._is_first = store, anatomy.num_layers // 2, brings, start == 0
 
     @property
+    def looks_ahead(self) -> bool:
+        return self._brings is not None
+
+    @property
     def num_rows(self) -> int:
         return self.positions.numel()
 
@@ -163,7 +169,7 @@ class _Held:
         kv.append(keys, values, self.positions)
         return attend(query, kv, Rows(self.positions, self.last), heads)
 
-    def cross(self, layer: int, hidden: Tensor) -> Tensor | None:
+    def cross(self, layer: int, hidden: Tensor, pass_: Pass) -> Tensor | None:
         if layer != self._middle:
             return None
         if self._is_first:
@@ -173,6 +179,13 @@ class _Held:
         if self._brings is None:
             return None
         rows, positions = self._brings
+        running = Standing(hidden, self.positions, self.entered)
+        waiting = Standing(rows, positions, torch.full_like(positions, -1))
+        layers = range(layer, pass_.anatomy.num_layers - 1)
+        if not all(
+            bool(seen.isfinite().all()) for seen in run_ahead(pass_, self, waiting, running, self._store, layers)
+        ):
+            raise Unfit("rows that run ahead attend to nothing")
         self.entered = torch.cat([torch.full_like(positions, -1), self.entered])
         self.positions = torch.cat([positions, self.positions])
         return torch.cat([rows, hidden])

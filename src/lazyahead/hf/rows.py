@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from lazyahead.hf.anatomy import Anatomy, Plan, Table
 from lazyahead.hf.attention import Heads
 from lazyahead.hf.cache import Growing
+
+if TYPE_CHECKING:
+    from lazyahead.hf.ahead import Detour
 
 
 class Flight(Protocol):
@@ -33,6 +36,10 @@ class Flight(Protocol):
         """The model's tables by position, kept for rows that may come back; None: never needed."""
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether rows of it may run ahead in this pass."""
+
+    @property
     def num_rows(self) -> int:
         """Rows in flight now."""
 
@@ -51,7 +58,7 @@ class Flight(Protocol):
     def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, heads: Heads) -> Tensor:
         """Caches the rows' keys and values, answers (1, H, T, D_v)."""
 
-    def cross(self, layer: int, hidden: Tensor) -> Tensor | None:
+    def cross(self, layer: int, hidden: Tensor, pass_: Pass) -> Tensor | None:
         """At the entry to `layer`: the rows (T, d) that go on, or None when nothing changes."""
 
 
@@ -62,6 +69,12 @@ class Pass:
         self.flights, self.anatomy = flights, anatomy
         self.num_entered = sum(len(flight.token_ids) for flight in flights)
         self.keeps_tables = any(flight.tables is not None for flight in flights)
+        self.looks_ahead = any(flight.looks_ahead for flight in flights)
+        self.detour: Detour | None = None
+        """Set while rows run ahead: attention is its."""
+        self.is_positional = False
+        """Whether layers are handed their hidden states by place."""
+        self._calls: dict[tuple[Any, ...], tuple[tuple[Any, ...], dict[str, Any]]] = {}  # by kind of layer
         self.layer = -1
         self._num_changes = 0  # boundaries that changed rows
         self._tables: dict[int, Tensor] = {}  # by key, one row per token that entered
@@ -95,7 +108,7 @@ class Pass:
         for flight in self.flights:
             before = hidden[0, start : start + flight.num_rows]
             start += flight.num_rows
-            after = flight.cross(layer, before)
+            after = flight.cross(layer, before, self)
             changed |= after is not None
             parts.append(before if after is None else after)
         if not changed:
@@ -117,6 +130,34 @@ class Pass:
             offset += len(flight.token_ids)
             start += flight.num_rows
         return restored
+
+    def note_call(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remembers what the model calls layers of this kind with, hidden states aside, for rows that run ahead."""
+        self.is_positional = bool(args)
+        names = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        self._calls.setdefault(self.anatomy.kinds[layer], (args[1:], names))
+
+    def knows_call(self, layer: int) -> bool:
+        """Whether a layer of this kind was called in this pass."""
+        return self.anatomy.kinds[layer] in self._calls
+
+    def call_for(
+        self, layer: int, flight: Flight, positions: Tensor, entered: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a layer, hidden states aside, for tokens (T,) of a flight, in flight or not."""
+        plans, (places, names) = self.anatomy.plans[layer], self._calls[self.anatomy.kinds[layer]]
+
+        def for_tokens(plan: Plan, value: Any) -> Any:
+            if plan is None or value is None:
+                return value
+            if isinstance(plan, tuple):
+                return type(value)(for_tokens(part, inner) for part, inner in zip(plan, value, strict=True))
+            return self._rows_of(plan.key, flight, positions, entered).movedim(0, plan.dim)
+
+        return (
+            tuple(for_tokens(plans.get(place), value) for place, value in enumerate(places, 1)),
+            {name: for_tokens(plans.get(name), value) for name, value in names.items()},
+        )
 
     def for_rows(self, plan: Plan, value: Any) -> Any:
         """A layer's argument, made for the rows in flight."""
@@ -150,16 +191,18 @@ class Pass:
         version, gathered = self._gathered.get(plan.key, (0, None))
         if gathered is not None and version == self._num_changes:
             return gathered
-        table, parts, offset = self._tables[plan.key], [], 0
-        for flight in self.flights:
-            entered = flight.entered
-            rows = table[entered.clamp(min=0) + offset]
-            if flight.tables is not None:
-                kept = flight.tables[plan.key].rows
-                revived = (entered < 0).view(-1, *[1] * (rows.ndim - 1))
-                rows = torch.where(revived, kept[flight.positions.clamp(max=len(kept) - 1)], rows)
-            parts.append(rows)
-            offset += len(flight.token_ids)
+        parts = [self._rows_of(plan.key, flight, flight.positions, flight.entered) for flight in self.flights]
         gathered = (parts[0] if len(parts) == 1 else torch.cat(parts)).movedim(0, plan.dim)
         self._gathered[plan.key] = (self._num_changes, gathered)
         return gathered
+
+    def _rows_of(self, key: int, flight: Flight, positions: Tensor, entered: Tensor) -> Tensor:
+        """A table's rows (T, …) for tokens (T,) of a flight."""
+        before = self.flights[: self.flights.index(flight)]
+        offset = sum(len(other.token_ids) for other in before)
+        rows = self._tables[key][entered.clamp(min=0) + offset]
+        if flight.tables is None:
+            return rows
+        kept = flight.tables[key].rows
+        revived = (entered < 0).view(-1, *[1] * (rows.ndim - 1))
+        return torch.where(revived, kept[positions.clamp(max=len(kept) - 1)], rows)

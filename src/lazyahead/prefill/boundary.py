@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from lazyahead.config import LazyPrefill
+from lazyahead.hf.ahead import Standing
 from lazyahead.hf.attention import Heads, Rows, attend, attention_of
 from lazyahead.hf.cache import Growing
+from lazyahead.hf.rows import Pass
+from lazyahead.prefill.foresight import foresee
 from lazyahead.prefill.reading import Reading, part_len
 from lazyahead.prefill.schedule import Boundary
 from lazyahead.prefill.select import best, demanded
@@ -56,7 +59,8 @@ class Flight:
         self._is_blank = resumes  # one row that only keeps the place of the last token until the stage is reached
         self.has_last = reading is None or (not resumes and self.last == reading.end - 1)
         self._num_revived = 0
-        self._masks: dict[Heads, Tensor] = {}  # of the layers up to the next boundary, whose keys are the same
+        # Of the layers up to the next boundary, whose keys are the same.
+        self._masks: dict[tuple[Heads, int], Tensor] = {}
         self._scores: Tensor | None = None
         prunes = reading is not None and reading.prunes
         self._selective = config is not None and (prunes or (session.num_stashed > 0 and config.revive != "never"))
@@ -90,6 +94,11 @@ class Flight:
         return [*self.token_ids[:chain], *(self.token_ids[chain + node] for node in accepted)]
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether the prompt's last rows run ahead of it to see what they will need."""
+        return self._selective and self.reading is not None and self.config is not None and self.config.scorer.ahead > 0
+
+    @property
     def tables(self) -> list[Growing] | None:
         return self.session.tables if self._selective else None
 
@@ -105,8 +114,8 @@ class Flight:
             self._scores = self._score(attention_of(query[:, :, -num_queries:], kv, rows, heads), kv.positions)
         return attend(query, kv, rows, heads)
 
-    def cross(self, layer: int, hidden: Tensor) -> Tensor | None:
-        """Rows (T, d) at the entry to `layer` -> the rows that go on, by position; None when nothing changes."""
+    def cross(self, layer: int, hidden: Tensor, pass_: Pass) -> Tensor | None:
+        """Rows (T, d) at the entry to `layer` -> those that go on, by position; None when nothing changes."""
         boundary = self.session.boundaries.get(layer)
         if boundary is not None:
             self._masks = {}
@@ -124,8 +133,13 @@ class Flight:
             return hidden[:0]
         if self.config.scorer.queries == 0:
             self._scores = self.config.scorer(hidden, positions)[None]
+        if self.looks_ahead:
+            assert self._scores is not None
+            rows, slots = Standing(hidden, self.positions, self.entered), (len(positions), row_slots)
+            foreseen = foresee(pass_, self, self.session, self.config.scorer, layer, rows, slots)
+            self._scores = torch.maximum(self._scores, self.config.scorer(foreseen[None], positions)[None])
         chosen = self._choose(boundary, stash, positions, row_slots)
-        if self.reading is not None and self.limit is not None and self._is_too_much(chosen, row_slots, stash):
+        if self.reading is not None and self.limit is not None and _count(chosen, row_slots, stash) > self.limit:
             return self._postpone(layer, stash, hidden, chosen, row_slots, self.reading)
         return self._regroup(stash, hidden, chosen, row_slots)
 
@@ -259,10 +273,6 @@ class Flight:
 
     # --- reading in parts ----------------------------------------------------------------------------------------
 
-    def _is_too_much(self, chosen: Tensor, row_slots: Tensor, stash: Stash) -> bool:
-        returning = int(chosen[stash.slots[stash.live]].sum()) if len(stash) else 0
-        return self.limit is not None and int(chosen[row_slots].sum()) + returning > self.limit
-
     def _postpone(
         self, layer: int, stash: Stash, hidden: Tensor, chosen: Tensor, row_slots: Tensor, reading: Reading
     ) -> Tensor:
@@ -287,3 +297,8 @@ class Flight:
             reading.stage = None
             self.entered[-1] = 0  # the prompt's last token takes the place it speaks from
         return hidden
+
+
+def _count(chosen: Tensor, row_slots: Tensor, stash: Stash) -> int:
+    """Rows that would go on: of those in flight, and back from the stash."""
+    return int(chosen[row_slots].sum()) + (int(chosen[stash.slots[stash.live]].sum()) if len(stash) else 0)

@@ -23,6 +23,10 @@ class Scorer(Protocol):
     def queries(self) -> int:
         """Rows of attention needed; 0 where the scorer looks at none."""
 
+    @property
+    def ahead(self) -> float:
+        """Depth, as a fraction of the layers, up to which those rows run ahead of the prompt; 0: they do not."""
+
     def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
         """Attention (H, Q, N) of the last Q rows, and the N tokens' positions, to scores (N,)."""
 
@@ -37,22 +41,34 @@ class LastToken:
         if self.queries != 1:
             raise ConfigError(f"LastToken looks at 1 row, got queries={self.queries}; use Window for more")
 
+    @property
+    def ahead(self) -> float:
+        return 0.0
+
     def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
         return attention[:, -1].mean(0)  # (H, 1, N) -> (N,)
 
 
 @dataclass(frozen=True)
 class Window:
-    """The last `queries` rows; strongest over rows, mean over heads, spread over `pool` neighbours by position."""
+    """The last `queries` rows; strongest over rows, mean over heads, spread over `pool` neighbours by position.
+
+    With `ahead`, a fraction of the layers, these rows first run on to that depth while the rest of the prompt stands
+    still: each layer's keys and values are made from the states that stand at the boundary. Models find things in
+    their middle layers; this asks them there, and still cuts before them. What was seen that way is thrown away.
+    """
 
     queries: int = 16
     pool: int = 7
+    ahead: float = 0.0
 
     def __post_init__(self) -> None:
         if self.queries < 1:
             raise ConfigError(f"Window needs at least 1 query row, got queries={self.queries}")
         if self.pool < 1 or self.pool % 2 == 0:
             raise ConfigError(f"Window pools over an odd number of neighbours, got pool={self.pool}")
+        if not 0 <= self.ahead < 1:
+            raise ConfigError(f"ahead must be in 0..1 (a fraction of the layers), got {self.ahead}")
 
     def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
         scores = attention.mean(0).amax(0)  # (H, Q, N) -> (N,)
@@ -69,6 +85,10 @@ class Random:
 
     seed: int = 0
     queries: int = 0
+
+    @property
+    def ahead(self) -> float:
+        return 0.0
 
     def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)

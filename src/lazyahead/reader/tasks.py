@@ -27,7 +27,7 @@ CHARS_PER_TOKEN = {
 class Sample:
     """One question about one document, with the answer the document supports.
 
-    `history` holds earlier turns, (question, answer) pairs, oldest first.
+    `history` holds earlier turns, (question, answer) pairs, oldest first; `others` what else could have been asked.
     """
 
     category: str
@@ -35,6 +35,7 @@ class Sample:
     question: str
     answer: str
     history: tuple[tuple[str, str], ...] = ()
+    others: tuple[tuple[str, str], ...] = ()
 
     @property
     def prompt(self) -> str:
@@ -76,5 +77,5 @@ def samples(
         history: tuple[tuple[str, str], ...] = ()
         if category == "chat":
             history = (READ_FIRST,) if index % 2 == 0 or not others else (others[0],)
-        found.append(Sample(category, page.document, question, answer, history))
+        found.append(Sample(category, page.document, question, answer, history, tuple(others)))
     return found

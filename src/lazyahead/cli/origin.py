@@ -1,0 +1,122 @@
+"""How each part of an answer came: drafted (from the prompt, the answer so far, the memory) or the model's own."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
+from rich.text import Text
+
+from lazyahead.draft.tree import Source
+from lazyahead.text import Detokenizer
+
+if TYPE_CHECKING:
+    from lazyahead.results import Completion, Piece
+
+
+class Origin(NamedTuple):
+    """One way in which tokens come. No two look alike without colour."""
+
+    name: str
+    """In JSON, and as a class of the page."""
+    words: str
+    style: str
+    """On a terminal."""
+
+
+OWN = Origin("model", "the model's own", "none")
+ORIGINS: dict[Source | None, Origin] = {
+    Source.PROMPT: Origin("prompt", "from the prompt", "underline cyan"),
+    Source.ASKED: Origin("prompt", "from the prompt", "underline cyan"),
+    Source.OUTPUT: Origin("answer", "from the answer", "bold yellow"),
+    Source.MEMORY: Origin("memory", "from memory", "italic magenta"),
+    None: OWN,
+}
+
+
+class Part(NamedTuple):
+    """Neighbouring text of one origin, and how many tokens completed it."""
+
+    origin: Origin
+    text: str
+    num_tokens: int
+
+
+class Painter:
+    """Gives text that comes in pieces back in parts by origin. A character belongs to the token that completes it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._ready: deque[tuple[Origin, str]] = deque()
+        """Text of tokens that no piece has shown yet: it may be the start of a stop string."""
+        self._last = OWN
+
+    def add(self, text: str, token_ids: Sequence[int], sources: Sequence[Source | None]) -> Iterator[Part]:
+        """The parts of `text`, which joined are `text`. `sources` may be empty: all the model's own."""
+        for token_id, source in zip(token_ids, sources or [None] * len(token_ids), strict=True):
+            self._ready.append((ORIGINS[source], self._detokenizer.add(token_id)))
+        while text and self._ready:
+            self._last, ready = self._ready.popleft()
+            num = len(ready)
+            if num > len(text):
+                self._ready.appendleft((self._last, ready[len(text) :]))
+            yield Part(self._last, text[:num], int(num <= len(text)))
+            text = text[num:]
+        if text:  # half a character that an answer ended in
+            yield Part(self._last, text, 0)
+
+
+def parts(tokenizer: Any, completion: Completion) -> list[Part]:
+    """An answer's text, neighbours of one origin joined. Tokens that complete no character are in none of them."""
+    painted = Painter(tokenizer).add(completion.text, completion.token_ids, completion.sources)
+    joined = []
+    for origin, group in groupby((part for part in painted if part.text), key=lambda part: part.origin):
+        _, texts, nums = zip(*group, strict=True)
+        joined.append(Part(origin, "".join(texts), sum(nums)))
+    return joined
+
+
+def counts(completion: Completion) -> dict[Origin, int]:
+    """Tokens of each origin, the end-of-text token included: those of the memory only where there are some."""
+    counted = Counter(ORIGINS[source] for source in completion.sources or [None] * len(completion.token_ids))
+    return {origin: counted[origin] for origin in ORIGINS.values() if counted[origin] or origin.name != "memory"}
+
+
+def legend(completion: Completion) -> Text:
+    """62 tokens: 41 from the prompt, 9 from the answer, 12 the model's own; 4.8 tokens a step."""
+    num = len(completion.token_ids)
+    text = Text(f"{num} token{'' if num == 1 else 's'}: ")
+    for place, (origin, count) in enumerate(counts(completion).items()):
+        text.append(", " if place else "")
+        text.append(f"{count} {origin.words}", origin.style)
+    return text.append(f"; {completion.stats.tokens_per_step:.1f} tokens a step")
+
+
+def print_legend(completion: Completion) -> None:
+    """What the colours mean and how many tokens have them, on stderr."""
+    Console(stderr=True, highlight=False).print(legend(completion), soft_wrap=True)
+
+
+def as_json(tokenizer: Any, completion: Completion) -> list[dict[str, Any]]:
+    """Run by run: `source` (prompt, answer, memory or model), `text` and `tokens`."""
+    return [
+        {"source": origin.name, "text": text, "tokens": num_tokens}
+        for origin, text, num_tokens in parts(tokenizer, completion)
+    ]
+
+
+class ColourPrinter:
+    """Prints pieces to a terminal, in colours where it has some."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._painter, self._console = Painter(tokenizer), Console(highlight=False)
+
+    def __call__(self, piece: Piece) -> None:
+        for part in self._painter.add(piece.text, piece.token_ids, piece.sources):
+            segment = Segment(part.text, Style.parse(part.origin.style))  # as it is: `Text` would expand tabs
+            self._console.print(Segments([segment]), end="", soft_wrap=True)

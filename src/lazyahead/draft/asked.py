@@ -1,0 +1,111 @@
+"""Answers name things in the order in which they were asked for: a pointer into the end of the prompt."""
+
+from collections.abc import Callable, Sequence
+from copy import copy
+from functools import cache
+from typing import Any, NamedTuple
+
+NUM_TAIL = 128
+"""Prompt tokens looked at, the last ones."""
+_SURE = 3  # tokens in a row that show where the answer stands
+_LEAD = 2  # tokens before a quote that announce it
+_MAX_GAP = 8  # tokens between two things asked for
+_NUM_EARLY = 4  # tokens of an answer among which the first quote begins
+
+Spell = Callable[[int], str]
+"""What a token spells, whatever its case and the space before it."""
+
+
+class Next(NamedTuple):
+    """What may be quoted next."""
+
+    tokens: list[int]
+    place: int
+    """Of the first token, counted from the prompt's end."""
+    is_first: bool
+    """Nothing was quoted before."""
+
+
+def spelling(tokenizer: Any) -> Spell | None:
+    """How a tokenizer's tokens are spelled; None where it does not tell."""
+    text_of = getattr(tokenizer, "convert_ids_to_tokens", None)
+    if text_of is None:
+        return None
+
+    @cache
+    def spell(token: int) -> str:
+        return str(text_of(token)).lstrip("Ġ▁ ").lower()
+
+    return spell
+
+
+class Pointer:
+    """Follows an answer through the end of its prompt.
+
+    The answer quotes a thing asked for, says something about it, and goes on with the next one. So where the few tokens
+    stand that led to the last quote, another is likely to begin, as far behind the last in the prompt as that was
+    behind the one before. The first is looked for where the prompt has the answer's first words, in another case.
+    """
+
+    def __init__(self, prompt: Sequence[int], spell: Spell | None = None) -> None:
+        self._tail, self._spell = list(prompt[-NUM_TAIL:]), spell
+        self._places: dict[int, list[int]] = {}  # token -> where it stands
+        for place, token in enumerate(self._tail):
+            self._places.setdefault(token, []).append(place)
+        self._runs: dict[int, int] = {}  # place behind a match that is going on -> its length
+        self._written: list[int] = []
+        self._end = -1  # behind the last quote; -1: there was none
+        self._end_before = -1  # behind the one before
+        self._is_quoting = False
+        self._gap = 2  # ", the"
+        self.lead: list[int] = []
+        """What the answer wrote before the quote."""
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """The answer goes on."""
+        for token in tokens:
+            self._add(token)
+
+    def _add(self, token: int) -> None:
+        runs = self._runs
+        self._runs = {place + 1: runs.get(place, 0) + 1 for place in self._places.get(token, ())}
+        self._written.append(token)
+        length = max(self._runs.values(), default=0)
+        if length < _SURE:
+            self._is_quoting = False
+            return
+        if not self._is_quoting:
+            self._is_quoting, self._end_before = True, self._end
+        ends = [end for end, run in self._runs.items() if run == length]
+        self._end = min([end for end in ends if end - length >= self._end_before] or ends)
+        gap = self._end - length - self._end_before
+        if self._end_before >= 0 and 0 <= gap <= _MAX_GAP:
+            self._gap = gap
+        self.lead = self._written[: len(self._written) - length][-_LEAD:]
+
+    def next(self, path: Sequence[int], num_tokens: int) -> Next | None:
+        """What the answer may go on with behind the guesses `path`, where the last token announces a quote."""
+        if path:
+            ahead = copy(self)
+            ahead._written = self._written[-len(self._tail) :]
+            ahead.extend(path)
+            return ahead.next((), num_tokens)
+        token, num_tail = self._written[-1], len(self._tail)
+        if self._end < 0:
+            place = self._spelled(token)
+            return Next(self._tail[place : place + num_tokens], place - num_tail, True) if place < num_tail else None
+        if token not in self.lead:
+            return None
+        start = self._end + self._gap
+        rest = self.lead[len(self.lead) - self.lead[::-1].index(token) :]
+        return Next([*rest, *self._tail[start : start + num_tokens]], start - len(rest) - num_tail, False)
+
+    def _spelled(self, token: int) -> int:
+        """The last place behind another token that is spelled the same; the tail's end where there is none."""
+        end = len(self._tail)
+        if self._spell is None or len(self._written) > _NUM_EARLY:
+            return end
+        text, spell = self._spell(token), self._spell
+        return next(
+            (p for p in range(end, 0, -1) if self._tail[p - 1] != token and spell(self._tail[p - 1]) == text), end
+        )

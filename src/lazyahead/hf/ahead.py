@@ -1,0 +1,97 @@
+"""Some rows run ahead through deeper layers while the others stand still, to see what they will attend to there.
+
+States change little from layer to layer: InfiniGen (arXiv 2406.19707) foretells the next layer's attention from this
+layer's input. Here the question goes several layers deep, over keys made of the states that stand at a boundary. The
+model's own layers are called, with the arguments the model has called layers of their kind with in this pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from lazyahead.hf.attention import Heads, Rows, attend, attention_of
+from lazyahead.hf.cache import LayerKV
+from lazyahead.hf.rows import Flight, Pass
+
+
+class Standing(NamedTuple):
+    """Tokens at a boundary, as they stand there."""
+
+    hidden: Tensor
+    """(T, d) what would enter the layer."""
+    positions: Tensor
+    """(T,)"""
+    entered: Tensor
+    """(T,) offset into the tokens of this pass; -1 for those of an earlier one."""
+
+    def slice(self, part: slice) -> Standing:
+        return Standing(*(field[part] for field in self))
+
+
+class _Seen(Exception):  # noqa: N818 (a way out, no error)
+    """The keys and values of the tokens that stand still are known: the rest of the layer has nothing to do."""
+
+
+class Detour:
+    """Takes the place of a pass's attention while one layer runs ahead."""
+
+    def __init__(self, cached: LayerKV) -> None:
+        self.kv = LayerKV()
+        if len(cached):
+            self.kv.append(cached.keys, cached.values, cached.positions)
+        self.positions: Tensor | None = None
+        self.runs = False
+        self.weights: Tensor | None = None
+        """(H, Q, N) what the running rows pay to cached tokens, to those that stand still, and to themselves."""
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, heads: Heads) -> Tensor:
+        """As a flight's, with keys and values that nobody keeps."""
+        assert self.positions is not None
+        self.kv.append(keys, values, self.positions)
+        if not self.runs:
+            raise _Seen
+        rows = Rows(self.positions, int(self.positions[-1]))
+        self.weights = attention_of(query, self.kv, rows, heads)
+        return attend(query, self.kv, rows, heads)
+
+
+def run_ahead(
+    pass_: Pass, flight: Flight, still: Standing, running: Standing, cached: Sequence[LayerKV], layers: range
+) -> Iterator[Tensor]:
+    """Attention (H, Q, N) of the `running` rows at each of `layers` that sees everything, over N tokens: those that
+    the layer has `cached`, then the `still` ones, then the rows themselves (rising positions, the last of the text).
+
+    A layer whose kind was not called yet in this pass is passed by.
+    """
+    here = pass_.layer
+    try:
+        for layer in layers:
+            if not pass_.anatomy.attends_fully[layer] or not pass_.knows_call(layer):
+                continue
+            pass_.layer, pass_.detour = layer, Detour(cached[layer])
+            if len(still.positions):
+                _call(pass_, flight, still)
+            pass_.detour.runs = True
+            running = running._replace(hidden=_call(pass_, flight, running))
+            assert pass_.detour.weights is not None
+            yield pass_.detour.weights
+    finally:
+        pass_.layer, pass_.detour = here, None
+
+
+def _call(pass_: Pass, flight: Flight, tokens: Standing) -> Tensor:
+    """What the layer makes of tokens (T, d); they are returned as they are where it was left early."""
+    assert pass_.detour is not None
+    pass_.detour.positions = tokens.positions
+    module: nn.Module = pass_.anatomy.layers[pass_.layer]
+    places, names = pass_.call_for(pass_.layer, flight, tokens.positions, tokens.entered)
+    hidden = tokens.hidden[None]
+    try:
+        output = module(hidden, *places, **names) if pass_.is_positional else module(hidden_states=hidden, **names)
+    except _Seen:
+        return tokens.hidden
+    rows: Tensor = (output[0] if isinstance(output, tuple) else output)[0]
+    return rows

@@ -1,0 +1,199 @@
+"""The strongest pruning whose greedy answers are those of the full prefill, on prompts of one's own.
+
+Nobody has to know the right answers: what the model says after reading everything is what it has to say after reading
+less. Half of the prompts guide the search, the other half judges what it found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import NamedTuple
+
+from lazyahead.config import LazyPrefill
+from lazyahead.errors import ConfigError, RequestError
+from lazyahead.hf.probe import examine
+from lazyahead.llm import LLM
+from lazyahead.prefill.schedule import Schedule
+from lazyahead.prefill.score import SCORERS, LastToken, Scorer
+from lazyahead.sampling import Sampling
+from lazyahead.tune.answers import Agreement, Answers, Progress, Task, reading_by
+from lazyahead.tune.search import Candidate, Search, candidates, strongest
+
+ENOUGH_TO_HOLD_OUT = 8
+"""Prompts from which on half of them are held out."""
+MOST_TIMED = 8
+"""Prompts that are timed."""
+
+
+class Clock(NamedTuple):
+    """Seconds to the first token, medians; `speedup` is the median of the paired ratios."""
+
+    full_ttft_s: float
+    ttft_s: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """The strongest way of reading that is safe. Speed-ups are over reading everything with the same engine."""
+
+    prefill: LazyPrefill
+    search: Agreement
+    """Of the prompts that guided the search."""
+    held_out: Agreement | None
+    """Of those that did not; None where there are too few to hold any out."""
+    ideal_speedup: float
+    """By FLOPs of the rows that are kept, at the median length."""
+    clock: Clock
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What came of a search."""
+
+    found: Found | None
+    """None: nothing is safe."""
+    num_tried: int
+    """Ways of reading."""
+    num_answered: int
+    """Answers that were compared."""
+    num_rejected: int
+    """Ways that passed the search and failed on the prompts held out."""
+    num_prompts: int
+    """Prompts long enough to be pruned."""
+    prompt_tokens: int
+    """Their median length."""
+    hardest: tuple[str, ...]
+    """Prompts whose answers changed, most often changed first, with how often of how many tries."""
+    skipped: tuple[str, ...]
+    """Prompts too short to be pruned at all."""
+
+
+def tune(
+    llm: LLM,
+    tasks: Sequence[Task],
+    *,
+    base: LazyPrefill = LazyPrefill(),  # noqa: B008 (frozen)
+    max_new_tokens: int = 64,
+    agree: float = 1.0,
+    runs: int = 3,
+    progress: Progress = lambda text, done: None,
+) -> Tuned:
+    """Searches schedules for `base`, whose other settings stay, with its scorer and with others.
+
+    At least the fraction `agree` of the answers must stay as they are, among the prompts that guide the search and
+    among those held out. Raises ConfigError for an `agree` that is no fraction, RequestError where all prompts are
+    shorter than `min_tokens`.
+    """
+    if not 0 < agree <= 1:
+        raise ConfigError(f"agree is the least fraction of answers that must stay, above 0 and at most 1, got {agree}")
+    lengths = [len(llm.encode(task.text, task.question).token_ids) for task in tasks]
+    fitting = [task for task, length in zip(tasks, lengths, strict=True) if length >= base.min_tokens]
+    if not fitting:
+        raise RequestError(
+            f"all {len(tasks)} prompts are shorter than min_tokens {base.min_tokens} and would be read whole (the "
+            f"longest has {max(lengths, default=0)}); give longer ones, or a lower min_tokens"
+        )
+    length = int(median(length for length in lengths if length >= base.min_tokens))
+    answers = Answers(reading_by(llm, None), fitting, max_new_tokens, progress)
+    tuning = _Tuning(llm, answers, base, agree, length, progress)
+    for scorer in scorers(base.scorer):
+        tuning.improve(scorer)
+    return Tuned(
+        found=tuning.found(lambda rule: _time(llm, rule, fitting[:MOST_TIMED], runs, progress)),
+        num_tried=answers.num_tried,
+        num_answered=answers.num_answered,
+        num_rejected=tuning.num_rejected,
+        num_prompts=len(fitting),
+        prompt_tokens=length,
+        hardest=answers.hardest,
+        skipped=tuple(
+            f"{task.name} ({num} tokens)" for task, num in zip(tasks, lengths, strict=True) if num < base.min_tokens
+        ),
+    )
+
+
+def scorers(first: Scorer) -> list[Scorer]:
+    """`first`, the paper's, and the other kinds that look at attention, as they are by default."""
+    return list(
+        dict.fromkeys(
+            scorer for scorer in (first, LastToken(), *(kind() for kind in SCORERS.values())) if scorer.queries
+        )
+    )
+
+
+class _Tuning:
+    """The best rule so far, and how it can be bettered."""
+
+    def __init__(
+        self, llm: LLM, answers: Answers, base: LazyPrefill, agree: float, length: int, progress: Progress
+    ) -> None:
+        self._answers, self._base, self._agree, self._progress = answers, base, agree, progress
+        _, anatomy = examine(llm.model)
+        assert anatomy is not None  # or `llm` had refused to read lazily
+        num_protected = base.protect_first + base.protect_last
+        self._candidates = candidates(anatomy.attends_fully, length, num_protected, anatomy.layer_shape)
+        every = range(answers.num_tasks)
+        holds_out = len(every) >= ENOUGH_TO_HOLD_OUT
+        self._guides: Sequence[int] = every[::2] if holds_out else every
+        self._judges: Sequence[int] = every[1::2] if holds_out else ()
+        self._best: dict[float, tuple[LazyPrefill, float]] = {}
+        """Rule and speed-up by FLOPs, for each depth to which scorers run ahead: FLOPs do not count what that costs."""
+        self.num_rejected = 0
+
+    def improve(self, scorer: Scorer) -> None:
+        """Takes this scorer's strongest schedule if it is stronger than those of the scorers like it."""
+        least = self._best[scorer.ahead][1] if scorer.ahead in self._best else 1.0
+
+        def rule(candidate: Candidate) -> LazyPrefill:
+            return replace(self._base, schedule=candidate.schedule, scorer=scorer)
+
+        def passes(candidate: Candidate) -> bool:
+            kept = ", ".join(f"{depth:.2g}: {ratio:.0%}" for depth, ratio in candidate.schedule)
+            best = least if search.best is None else search.found[search.best].speedup
+            self._progress(f"{kept} ({type(scorer).__name__}), best {best:.2f}x", search.progress)
+            return self._answers.agree(rule(candidate), self._guides, self._agree)
+
+        def holds(candidate: Candidate) -> bool:
+            if not passes(candidate):
+                return False
+            is_good = self._answers.agree(rule(candidate), self._judges, self._agree)
+            self.num_rejected += not is_good
+            return is_good
+
+        search = Search(self._candidates, least=least)
+        best = strongest(search, passes, holds)
+        if best is not None:
+            self._best[scorer.ahead] = rule(best), best.speedup
+
+    def found(self, timed: Callable[[LazyPrefill], Clock]) -> Found | None:
+        """The best rule, with all that is known of it. Between scorers that are not alike the clock decides."""
+        all_found = [Found(rule, *self._agreement(rule), speedup, timed(rule)) for rule, speedup in self._best.values()]
+        return max(all_found, key=lambda found: found.clock.speedup, default=None)
+
+    def _agreement(self, rule: LazyPrefill) -> tuple[Agreement, Agreement | None]:
+        guides, judges = (self._answers.agreement(rule, which) for which in (self._guides, self._judges))
+        return guides, judges if judges.of else None
+
+
+def words(schedule: Schedule) -> str:
+    """A schedule as a person says it."""
+    return ", then ".join(f"{ratio:.0%} from {depth:.0%} of the layers on" for depth, ratio in schedule)
+
+
+def _time(llm: LLM, rule: LazyPrefill, tasks: Sequence[Task], runs: int, progress: Progress) -> Clock:
+    """Both sides on each task, one after the other, the order alternating."""
+    sampling, sides = Sampling(max_new_tokens=1), [reading_by(llm, None), reading_by(llm, rule)]
+    shots: list[tuple[float, float]] = []
+    for run in range(runs):
+        for number, task in enumerate(tasks):
+            progress("timing", (run * len(tasks) + number) / (runs * len(tasks)))
+            took = [0.0, 0.0]
+            for side in ((0, 1), (1, 0))[(run + number) % 2]:
+                *_, last = sides[side].stream(task.text, task.question, sampling=sampling)
+                took[side] = last.stats.ttft_s
+            shots.append((took[0], took[1]))
+    full, ours = (median(seconds) for seconds in zip(*shots, strict=True))
+    return Clock(full, ours, median(a / b for a, b in shots))
