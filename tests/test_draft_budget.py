@@ -127,3 +127,14 @@ def test_before_anything_is_learned_longer_matches_are_surer():
     firsts = [Acceptance().rates(Source.PROMPT, n)[0] for n in (1, 2, 4, 8, 16)]
     assert firsts == sorted(firsts)
     assert 0 < firsts[0] < firsts[-1] < 1
+
+
+def test_row_costs_rise_with_the_context_where_it_was_measured():
+    cost = RowCost([(1, 0.01), (8, 0.02)], (1e-6, 3e-6))
+    assert cost.at(100).seconds(8) == cost.seconds(8)
+    assert cost.at(4096).seconds(1) == pytest.approx(0.01 + 4096e-6)
+    assert cost.at(4096).seconds(8) == pytest.approx(0.02 + 3 * 4096e-6)
+    assert RowCost.from_json(cost.to_json()).at(4096).points == cost.at(4096).points
+    assert RowCost([(1, 0.01)]).at(4096).seconds(1) == 0.01
+    with pytest.raises(ConfigError, match="per_token"):
+        RowCost([(1, 0.01)], (1e-6, 2e-6))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lazyahead.hf.probe import probe
 from lazyahead.reader import Sample, reader_path, samples, score
 from lazyahead.reader import metrics as measure
 from lazyahead.reader.batches import ANSWER_WEIGHT, make_batch
@@ -131,3 +132,9 @@ def _weights(folder: Path) -> bytes:
 
 def _losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "curve.jsonl").read_text().splitlines()]
+
+
+def test_the_reader_can_be_read_lazily_and_drafted_for() -> None:
+    model = AutoModelForCausalLM.from_pretrained(reader_path(), dtype=torch.float32)
+    support = probe(model)
+    assert (support.level, support.num_layers) == ("full", model.config.num_hidden_layers)

@@ -10,7 +10,7 @@ from lazyahead.config import LazyPrefill, Lookahead
 from lazyahead.errors import UnsupportedModelError
 from lazyahead.hf.probe import examine
 from lazyahead.llm import LLM
-from lazyahead.prefill.schedule import LayerShape, Schedule, boundaries, kept_by_layer, prefill_flops
+from lazyahead.prefill.schedule import Boundary, LayerShape, ahead_flops, boundaries, kept_by_layer, prefill_flops
 
 REFERENCE = "balanced"
 """The preset whose cost the baselines share, where it is measured."""
@@ -57,16 +57,21 @@ class Cost:
     def num_layers(self) -> int:
         return len(self.attends_fully)
 
+    def placed(self, rule: LazyPrefill | None) -> tuple[Boundary, ...]:
+        """Where a rule cuts."""
+        if rule is None:
+            return ()
+        return boundaries(rule.schedule, self.attends_fully, rule.scorer.queries > 0)
+
     def kept(self, rule: LazyPrefill | None) -> tuple[int, ...]:
         """Prompt tokens computed at each layer."""
-        schedule: Schedule = rule.schedule if rule is not None else ()
-        needs_attention = rule is not None and rule.scorer.queries > 0
-        placed = boundaries(schedule, self.attends_fully, needs_attention)
-        return kept_by_layer(placed, self.num_layers, self.num_tokens)
+        return kept_by_layer(self.placed(rule), self.num_layers, self.num_tokens)
 
     def flops(self, rule: LazyPrefill | None) -> float:
-        """Of a prefill, attention included."""
-        return prefill_flops(self.kept(rule), self.shape)
+        """Of a prefill, attention and running ahead included."""
+        kept = self.kept(rule)
+        ahead = rule.scorer.ahead if rule is not None else 0.0
+        return prefill_flops(kept, self.shape) + ahead_flops(self.placed(rule), kept, self.shape, ahead)
 
     def ideal_speedup(self, rule: LazyPrefill | None) -> float:
         """FLOPs of reading everything over those of `rule`."""

@@ -41,15 +41,16 @@ def workload(llm: LLM, name: str, length: int, count: int, max_new_tokens: int, 
 
 
 def stream_of_questions(llm: LLM, length: int, count: int, max_new_tokens: int, seed: int) -> Workload:
-    """Questions about a few documents, each for four facts of one, in the mixed order in which users ask them."""
-    chars = round((length - 40) * CHARS_PER_TOKEN["rag"])
+    """Questions for single facts of a few documents, which state them in other words than the answer does. They are
+    drawn from half as many different ones: as users' questions do, some come again."""
+    chars = round((length - 40) * CHARS_PER_TOKEN["qa"])
     rng = random.Random(f"stream {length} {seed}")
-    asked: list[tuple[str, str]] = []
-    while len(asked) < count:
-        page = build_page("rag", World(rng, "eval"), chars)
-        asked += [(page.document, question) for question, _ in page.exchanges]
-    rng.shuffle(asked)
-    prompts = [llm.encode(document, question).token_ids for document, question in asked[:count]]
+    known: list[tuple[str, str]] = []
+    while len(known) < max(1, count // 2):
+        page = build_page("qa", World(rng, "eval"), chars)
+        known += [(page.document, question) for question, _ in page.exchanges]
+    asked = rng.choices(rng.sample(known, max(1, count // 2)), k=count)
+    prompts = [llm.encode(document, question).token_ids for document, question in asked]
     return Workload("stream", prompts, Sampling(max_new_tokens=max_new_tokens, seed=seed))
 
 

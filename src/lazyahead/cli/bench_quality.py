@@ -60,9 +60,7 @@ def bench_quality(
     decode: DecodeOff = "off",
     dtype: options.Dtype = None,
     device: options.Device = None,
-    runs: Annotated[
-        int, typer.Option(min=1, help="Samples of each category that plain transformers reads too, for its time.")
-    ] = 3,
+    runs: Annotated[int, typer.Option(min=1, help="Samples of each category that transformers reads too.")] = 3,
     figures: Annotated[Path | None, typer.Option(help="Sweep too, and write two pictures into this folder.")] = None,
     sweep: Annotated[
         str | None, typer.Option(help="Layers to cut at in the sweep, e.g. 2,4,6. Left out: five.")
@@ -97,7 +95,8 @@ def bench_quality(
         results["sweep"] = [asdict(point) for point in points]
     if json:
         asked = {"length": length, "n": num_samples, "heldout": heldout, "categories": list(work)}
-        print_json(record(llm, seed=seed, runs=runs, results=results, **asked, **describe(methods, cost.ideal_speedup)))
+        asked |= describe(methods, cost.ideal_speedup)
+        print_json(record(llm, seed=seed, runs=runs, results=results, **asked))
     else:
         show(llm.name, length, [*rows, *averages])
 

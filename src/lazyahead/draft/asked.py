@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 NUM_TAIL = 128
 """Prompt tokens looked at, the last ones."""
 _SURE = 3  # tokens in a row that show where the answer stands
+_SURER = 6  # the same, where it would have gone back
 _LEAD = 2  # tokens before a quote that announce it
 _MAX_GAP = 8  # tokens between two things asked for
 _NUM_EARLY = 4  # tokens of an answer among which the first quote begins
@@ -58,30 +59,47 @@ class Pointer:
         self._end_before = -1  # behind the one before
         self._is_quoting = False
         self._gap = 2  # ", the"
+        self._place: int | None = None  # what a quote would go on with now
         self.lead: list[int] = []
         """What the answer wrote before the quote."""
 
     def extend(self, tokens: Sequence[int]) -> None:
         """The answer goes on."""
         for token in tokens:
-            self._add(token)
+            self._follow(token)
+            self._measure(token)
 
-    def _add(self, token: int) -> None:
+    def _follow(self, token: int) -> None:
+        """Where the next token would stand, were what is asked next quoted now."""
+        self._written.append(token)
+        place = self._place
+        if place is not None and place < len(self._tail) and self._tail[place] == token:
+            self._place = place + 1
+        elif self._end < 0:
+            self._place = self._spelled(token)
+        else:
+            self._place = self._end + self._gap if token == self.lead[-1] else None
+
+    def _measure(self, token: int) -> None:
+        """Where the last quote ends, and what led to it."""
         runs = self._runs
         self._runs = {place + 1: runs.get(place, 0) + 1 for place in self._places.get(token, ())}
-        self._written.append(token)
         length = max(self._runs.values(), default=0)
         if length < _SURE:
             self._is_quoting = False
             return
+        before = self._end_before if self._is_quoting else self._end
+        ends = [end for end, run in self._runs.items() if run == length and (end - length >= before or run >= _SURER)]
+        lead = self._written[: len(self._written) - length][-_LEAD:]
+        if not ends or not lead:
+            return
         if not self._is_quoting:
             self._is_quoting, self._end_before = True, self._end
-        ends = [end for end, run in self._runs.items() if run == length]
-        self._end = min([end for end in ends if end - length >= self._end_before] or ends)
-        gap = self._end - length - self._end_before
-        if self._end_before >= 0 and 0 <= gap <= _MAX_GAP:
+        self._end = next((end for end in ends if end - length >= before), ends[0])
+        gap = self._end - length - before
+        if before >= 0 and 0 <= gap <= _MAX_GAP:
             self._gap = gap
-        self.lead = self._written[: len(self._written) - length][-_LEAD:]
+        self.lead = lead
 
     def next(self, path: Sequence[int], num_tokens: int) -> Next | None:
         """What the answer may go on with behind the guesses `path`, where the last token announces a quote."""
@@ -90,22 +108,18 @@ class Pointer:
             ahead._written = self._written[-len(self._tail) :]
             ahead.extend(path)
             return ahead.next((), num_tokens)
-        token, num_tail = self._written[-1], len(self._tail)
-        if self._end < 0:
-            place = self._spelled(token)
-            return Next(self._tail[place : place + num_tokens], place - num_tail, True) if place < num_tail else None
-        if token not in self.lead:
+        token, num_tail, rest = self._written[-1], len(self._tail), list[int]()
+        place = self._place
+        if place is None and token in self.lead:
+            place, rest = self._end + self._gap, self.lead[self.lead.index(token) + 1 :]
+        if place is None or place >= num_tail:
             return None
-        start = self._end + self._gap
-        rest = self.lead[len(self.lead) - self.lead[::-1].index(token) :]
-        return Next([*rest, *self._tail[start : start + num_tokens]], start - len(rest) - num_tail, False)
+        return Next([*rest, *self._tail[place : place + num_tokens]], place - len(rest) - num_tail, self._end < 0)
 
-    def _spelled(self, token: int) -> int:
-        """The last place behind another token that is spelled the same; the tail's end where there is none."""
-        end = len(self._tail)
+    def _spelled(self, token: int) -> int | None:
+        """The last place behind another token that is spelled the same."""
         if self._spell is None or len(self._written) > _NUM_EARLY:
-            return end
+            return None
         text, spell = self._spell(token), self._spell
-        return next(
-            (p for p in range(end, 0, -1) if self._tail[p - 1] != token and spell(self._tail[p - 1]) == text), end
-        )
+        places = range(len(self._tail), 0, -1)
+        return next((p for p in places if self._tail[p - 1] != token and spell(self._tail[p - 1]) == text), None)

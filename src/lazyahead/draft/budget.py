@@ -161,6 +161,11 @@ class Acceptance:
         """[DEPTH_CLASS[depth]] -> chance, between 0.001 and 0.995; depth 1 is right after the last token."""
         return self._rates[source][length_class(match_len)]
 
+    def trust(self, source: Source, match_len: int) -> tuple[float, int]:
+        """By which kinds of guesses are ranked: of one source, a longer match is never trusted less."""
+        length = length_class(match_len)
+        return max(rates[0] for rates in self._rates[source][: length + 1]), length
+
     def learn(self, draft: Draft, tokens: Sequence[int]) -> None:
         """Judge a draft (with sources, match lengths and probabilities) by the tokens that came.
 
@@ -171,16 +176,16 @@ class Acceptance:
         node: int | None = ROOT
         depth = 0
         while node is not None and depth < len(tokens):
-            kinds: dict[tuple[Source, int], int | None] = {}
+            kinds: dict[tuple[Source, int], int | None] = {}  # the child that was right
             for child in draft.children[node]:
-                kind = draft.sources[child], length_class(draft.match_lens[child])
+                kind = draft.sources[child], _LENGTHS[length_class(draft.match_lens[child])]
                 kinds.setdefault(kind, None)
                 if draft.token_ids[child] == tokens[depth]:
                     kinds[kind] = child
             node, depth = None, depth + 1
-            for source, length in sorted(kinds, key=lambda kind: -self._rates[kind[0]][kind[1]][0]):
-                node = kinds[source, length]
-                self._count(source, length, DEPTH_CLASS[depth], node is not None)
+            for source, match_len in sorted(kinds, key=lambda kind: self.trust(*kind), reverse=True):
+                node = kinds[source, match_len]
+                self._count(source, length_class(match_len), DEPTH_CLASS[depth], node is not None)
                 if node is not None:
                     break
 

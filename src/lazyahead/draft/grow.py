@@ -14,6 +14,7 @@ MIN_PROB = 0.02
 """A node less likely than this is not worth its row."""
 REMATCH_PROB = 0.1
 """A node less likely than this is not worth a lookup of its own."""
+_SURE_LEN = 6  # tokens that agree before a branch ends a quote of what was asked
 
 
 _Node = tuple[float, int, int, int, int, "list[Branch]"]
@@ -35,7 +36,7 @@ class Finder(Protocol):
 class Branch:
     """What once followed a suffix of the text at hand, or of the text and guesses; `weight` is its vote."""
 
-    __slots__ = ("depth", "match_len", "position", "rates", "source", "tokens", "weight")
+    __slots__ = ("depth", "match_len", "position", "rates", "source", "tokens", "trust", "weight")
 
     def __init__(self, tokens: list[int], source: Source, match_len: int, position: int = -1, depth: int = 0) -> None:
         self.tokens = tokens
@@ -45,6 +46,7 @@ class Branch:
         self.depth = depth  # of the node that its first token follows
         self.weight = 0.0
         self.rates: list[float] = []  # of acceptance, by depth class
+        self.trust = (0.0, 0)
 
 
 def grow(
@@ -89,6 +91,8 @@ def grow(
             if is_open or token in announced:
                 through = _joined(through, finder.find(_path(nodes), is_open), depth, acceptance, decay)
                 num_seen += len(through)
+            if through[0].source is Source.ASKED:
+                through = _turned(through, depth)
         children = _children(through, len(nodes) - 1, -minus_prob, depth + 1, num_seen) if depth < max_depth else []
     return _depth_first(nodes)
 
@@ -105,24 +109,28 @@ def _path(nodes: Sequence[_Node]) -> list[int]:
 def _joined(
     through: list[Branch], found: Sequence[Branch], depth: int, acceptance: Acceptance, decay: float
 ) -> list[Branch]:
-    """The branches through a node, and of those found there the ones that are new.
-
-    A quote of what was asked ends where all else that was found goes on in one other way.
-    """
-    if not found:
-        return through
+    """The branches through a node, and of those found there the ones that are new."""
     alive = [branch for branch in through if branch.depth + len(branch.tokens) > depth]
     known = {branch.position - branch.depth for branch in alive if branch.source is not Source.MEMORY}
-    new = _weigh([branch for branch in found if branch.position - branch.depth not in known], acceptance, decay)
+    new = [branch for branch in found if branch.position - branch.depth not in known]
     if not new:
         return through
-    if alive and alive[0].source is Source.ASKED:
-        next_token = alive[0].tokens[depth - alive[0].depth]
-        agreeing = [branch for branch in new if branch.tokens[0] == next_token]
-        if agreeing:
-            return [*alive, *agreeing]
-        return [*new, *alive] if len({branch.tokens[0] for branch in new}) == 1 else [*alive, *new]
-    return sorted([*new, *alive], key=lambda branch: -branch.rates[0])
+    return sorted([*_weigh(new, acceptance, decay), *alive], key=lambda branch: branch.trust, reverse=True)
+
+
+def _turned(through: list[Branch], depth: int) -> list[Branch]:
+    """A quote of what was asked ends where all that goes on as surely goes on in one other way: that comes first."""
+    lead = through[0]
+    others = [
+        branch
+        for branch in through
+        if branch.position - branch.depth != lead.position - lead.depth
+        and branch.match_len + depth - branch.depth >= _SURE_LEN
+        and depth - branch.depth < len(branch.tokens)
+    ]
+    if len({branch.tokens[depth - branch.depth] for branch in others}) != 1:
+        return through
+    return [*others, *(branch for branch in through if branch not in others)]
 
 
 def _weigh(branches: Sequence[Branch], acceptance: Acceptance, decay: float) -> list[Branch]:
@@ -136,10 +144,11 @@ def _weigh(branches: Sequence[Branch], acceptance: Acceptance, decay: float) -> 
     for branch in branches:
         voters.setdefault((branch.source, length_class(branch.match_len)), []).append(branch)
     for voter in voters.values():
-        rates = acceptance.rates(voter[0].source, voter[0].match_len)
+        source, match_len = voter[0].source, voter[0].match_len
+        rates, trust = acceptance.rates(source, match_len), acceptance.trust(source, match_len)
         for age, branch in enumerate(voter):
-            branch.weight, branch.rates = decay**age, rates
-    ranked = sorted(voters.values(), key=lambda voter: -voter[0].rates[0])
+            branch.weight, branch.rates, branch.trust = decay**age, rates, trust
+    ranked = sorted(voters.values(), key=lambda voter: voter[0].trust, reverse=True)
     return [branch for voter in ranked for branch in voter]
 
 

@@ -54,6 +54,8 @@ class Anatomy:
     """Per layer: a row sees keys of its own chunk of this many positions."""
     widths: tuple[int, ...]
     """Per layer: query heads times their size."""
+    projected: tuple[int, ...]
+    """Per layer: weights that make its queries, keys and values."""
     plans: tuple[dict[int | str, Plan], ...]
     """Per layer: the tables among its arguments, by place or name."""
     num_tables: int
@@ -99,7 +101,8 @@ class Anatomy:
                 p.numel() for layer in self.layers for name, p in layer.named_parameters() if "experts" in name
             )
             total -= round(routed * (1 - active / experts))
-        return LayerShape(total // self.num_layers, sum(self.widths) // self.num_layers)
+        means = (total, sum(self.widths), sum(self.projected))
+        return LayerShape(*(number // self.num_layers for number in means))
 
 
 def dissect(model: PreTrainedModel) -> Anatomy:
@@ -123,10 +126,18 @@ def dissect(model: PreTrainedModel) -> Anatomy:
         windows=tuple(window for window, _ in reaches),
         chunks=tuple(chunk for _, chunk in reaches),
         widths=tuple(call.query.shape[1] * call.query.shape[3] for call in calls),
+        projected=tuple(_num_projected(short.entries[layer], call) for layer, call in zip(layers, calls, strict=True)),
         plans=plans,
         num_tables=len(tables),
         rope=growing_rope(model),
     )
+
+
+def _num_projected(entry: Entry, call: Call) -> int:
+    """Weights between a layer's hidden states and its attention, as if each number came of all of them."""
+    hidden = entry.args[0] if entry.args else entry.kwargs["hidden_states"]
+    widths = (part.shape[1] * part.shape[3] for part in (call.query, call.keys, call.keys))
+    return int(hidden.shape[-1]) * sum(widths)
 
 
 def declared_types(model: PreTrainedModel) -> tuple[str, ...]:

@@ -54,9 +54,19 @@ class LayerShape(NamedTuple):
     num_weights: int
     attention_width: int
     """Heads times head dimension of the queries."""
+    num_projected: int = 0
+    """Those of the weights that make queries, keys and values."""
 
 
 def prefill_flops(counts: Sequence[int], shape: LayerShape) -> float:
     """Floating-point operations of a prefill that computes `counts[l]` tokens at layer l, causal attention included."""
     per_token = 2.0 * shape.num_weights
     return sum(n * per_token + 2.0 * n * n * shape.attention_width for n in counts)
+
+
+def ahead_flops(placed: Sequence[Boundary], counts: Sequence[int], shape: LayerShape, ahead: float) -> float:
+    """What scorers that run ahead to the depth `ahead` add: queries, keys and values of all that stands at a boundary,
+    at each layer on the way. The few rows that run cost next to nothing."""
+    until = min(round(ahead * len(counts)), len(counts) - 1)
+    standing = sum(counts[at.layer - 1] * max(0, until - at.layer) for at in placed if at.layer)
+    return 2.0 * standing * shape.num_projected

@@ -15,10 +15,11 @@ from lazyahead.reader.world import World
 
 MAX_POSITION = 16384
 ANSWER_WEIGHT, REPEAT_WEIGHT, CONTEXT_WEIGHT, CONTEXT_SHARE = 1.0, 0.5, 0.1, 0.25
+READ_FIRST_SHARE = 0.25  # pages whose questions come only after one that asks nothing
 # How often each task is drawn.
 TASK_WEIGHTS = {
     "single_doc_qa": 3.0,
-    "multi_doc_qa": 3.0,
+    "multi_doc_qa": 6.0,
     "summarization": 2.0,
     "few_shot": 1.0,
     "synthetic": 1.5,
@@ -97,7 +98,7 @@ def _encode(
     """A page as tokens and weights, with as many of its questions as fit into `room` tokens."""
     ids: list[int] = tokenizer(f"Document: {page.document}\n\n").input_ids[:room]
     weights = [CONTEXT_WEIGHT if rng.random() < CONTEXT_SHARE else 0.0 for _ in ids]
-    exchanges = ([READ_FIRST] if rng.random() < 0.05 else []) + list(page.exchanges)
+    exchanges = ([READ_FIRST] if rng.random() < READ_FIRST_SHARE else []) + list(page.exchanges)
     for question, answer in exchanges:
         asked = tokenizer(f"Question: {question}\nAnswer:").input_ids
         answered = [*tokenizer(f" {answer}").input_ids, tokenizer.eos_token_id]

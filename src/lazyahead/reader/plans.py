@@ -40,11 +40,10 @@ PLANS: dict[str, tuple[Stage, ...]] = {
     ),
     # Goes on from finished weights.
     "more": (
-        Stage(length=1024, batch=2, steps=50, lr_start=0.0, lr_end=4e-4, dense=0.3),
-        Stage(length=1024, batch=2, steps=1500, lr_start=4e-4, lr_end=4e-4, dense=0.3),
-        Stage(length=4096, batch=1, steps=1000, lr_start=4e-4, lr_end=2e-4, dense=0.1),
-        Stage(length=8192, batch=1, steps=300, lr_start=2e-4, lr_end=5e-5),
-        Stage(length=16384, batch=1, steps=50, lr_start=5e-5, lr_end=1e-5),
+        Stage(length=1024, batch=2, steps=20, lr_start=0.0, lr_end=4e-4, dense=0.5),
+        Stage(length=1024, batch=2, steps=820, lr_start=4e-4, lr_end=4e-4, dense=0.5),
+        Stage(length=4096, batch=1, steps=60, lr_start=4e-4, lr_end=1e-4),
+        Stage(length=8192, batch=1, steps=12, lr_start=1e-4, lr_end=1e-5),
     ),
 }
 
