@@ -148,6 +148,7 @@ class Spy:
 
     queries: int
     ahead: float
+    reach: int = 0
     seen: list[torch.Tensor] = field(default_factory=list)
 
     def __call__(self, attention, positions):

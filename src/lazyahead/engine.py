@@ -157,7 +157,7 @@ class Engine:
             if reading is not None:
                 reading.num_entered = min(reading.end, len(request.session) + len(flight.token_ids)) - reading.start
                 reading.is_done = flight.has_last and reading.stage is None
-            if rows is None or (reading is not None and not reading.is_done):
+            if rows is None or flight.wants or (reading is not None and not reading.is_done):
                 runs.append((request, flight, list[int](), list[int]()))
                 continue
             tokens, nodes = self._walk(request, flight, rows)
@@ -167,6 +167,11 @@ class Engine:
     def _commit(self, runs: Sequence[tuple[Request, Flight, list[int], list[int]]]) -> None:
         """Accepted rows stay in place, the rest is dropped; an answer ends at the very token that ends it."""
         for request, flight, tokens, nodes in runs:
+            request.wants = flight.wants
+            if flight.wants:  # the same again, with what the root turned out to need
+                request.num_steps += 1
+                flight.undo()
+                continue
             told, reason = self._accept(request, tokens)
             kept = nodes[: max(0, len(told) - 1)]
             request.session.commit(flight.entered_tokens(kept), flight.num_drafts, kept)
@@ -202,7 +207,10 @@ class Engine:
         ancestors = torch.from_numpy(draft.ancestors).to(self.runner.device) if len(draft) else None
         tokens = [*request.session.pending, *draft.token_ids]
         return Flight(
-            request.session, self.prefill, tokens, self.runner.device, depths=draft.depths, ancestors=ancestors
+            *(request.session, self.prefill, tokens, self.runner.device),
+            depths=draft.depths,
+            ancestors=ancestors,
+            brings=request.wants,
         )
 
     def _read_all(self, limit: int | None) -> list[tuple[Request, Flight]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ class Request:
         """What the drafter proposed for this step, and what of it is verified."""
         self.sources: tuple[Source | None, ...] = ()
         """Where each token that the latest step told was drafted from; None: the model's own pick."""
+        self.wants: Mapping[int, Tensor] = {}
+        """What the next pass brings back from the stashes, by boundary."""
         self.num_reviving = 0
         """Rows that came back in the latest step: they share the budget of the next."""
         self.num_revived_seen = session.num_revived

@@ -104,10 +104,10 @@ def _time_step(runner: Runner, session: Session, rows: int) -> float:
 
 
 def _key(model: PreTrainedModel, device: torch.device) -> str:
-    """Model shape, device, dtype and torch: all that moves the curve."""
+    """Model shape, device, dtype, torch and how it is measured: all that moves the curve."""
     config = {name: value for name, value in model.config.to_dict().items() if isinstance(value, int | str | float)}
     for name in ("_name_or_path", "transformers_version"):
         config.pop(name, None)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{torch.get_num_threads()}"
-    parts = [config, str(model.dtype), hardware, torch.__version__]
+    parts = [config, str(model.dtype), hardware, torch.__version__, _CONTEXTS]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]

@@ -48,6 +48,15 @@ class Session:
         return sum(len(stash) for stash in self.stashes.values())
 
     @property
+    def foretold(self) -> dict[int, list[int]]:
+        """By layer, the boundaries whose waiting tokens are known by the keys they would have there."""
+        found: dict[int, list[int]] = {}
+        for boundary, stash in self.stashes.items():
+            for layer in stash.keys if len(stash) else ():
+                found.setdefault(layer, []).append(boundary)
+        return found
+
+    @property
     def nbytes(self) -> int:
         """Bytes held."""
         held: list[LayerKV | Stash | Growing] = [*self.kv, *self.stashes.values(), *self.tables]

@@ -73,7 +73,7 @@ class RowCost:
         """Raises ConfigError for a text that `to_json` did not write."""
         try:
             values = json.loads(text)
-            return cls([(rows, seconds) for rows, seconds in values["row_cost"]], tuple(values["per_token"]))
+            return cls([(rows, seconds) for rows, seconds in values["row_cost"]], tuple(values.get("per_token", ())))
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"not a row cost: {text[:80]!r}") from error
 
@@ -91,7 +91,8 @@ class RowCost:
             return points[0][1]
         i = next((i for i in range(1, len(points)) if rows <= points[i][0]), len(points) - 1)
         (r0, s0), (r1, s1) = points[i - 1], points[i]
-        return s0 + (s1 - s0) * (rows - r0) / (r1 - r0)
+        seconds = s0 + (s1 - s0) * (rows - r0) / (r1 - r0)
+        return min(seconds, s1) if rows <= r1 else seconds  # rounding never makes a curve fall
 
 
 def choose(

@@ -183,7 +183,7 @@ class TokenTrie:
         return [(sums[order - 1] & _WORD) >> self._shift for order in ORDERS if order <= len(sums)]
 
     def _append(self, tokens: Sequence[int]) -> None:
-        """Link a few tokens into the chains: `_index` in plain numbers, one token after the other."""
+        """Link a few tokens into the chains, one after the other: `_index` without numpy."""
         held, mask, shift, position = self._tokens, self._mask, self._shift, self._end
         (heads1, heads2, heads4, heads8), (older1, older2, older4, older8) = self._heads, self._older
         m1, m2, m3, m4, m5, m6, m7, m8 = _MULTIPLIERS
@@ -240,8 +240,6 @@ class TokenTrie:
         link[is_first] = heads[slot[is_first]]
         older[position & self._mask] = link
         heads[slot] = position  # the last of equal slots wins: the newest
-
-    # ---- room ----
 
     def _allocate(self, size: int) -> None:
         """Change the number of slots (a power of two); only ever before the ring has turned, so slots stay."""

@@ -60,9 +60,10 @@ class Detour:
 
 def run_ahead(
     pass_: Pass, flight: Flight, still: Standing, running: Standing, cached: Sequence[LayerKV], layers: range
-) -> Iterator[Tensor]:
-    """Attention (H, Q, N) of the `running` rows at each of `layers` that sees everything, over N tokens: those that
-    the layer has `cached`, then the `still` ones, then the rows themselves (rising positions, the last of the text).
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each of `layers` that sees everything, the attention (H, Q, N) that the `running` rows pay there, and the keys
+    (1, H_kv, N, D). The N tokens: those that the layer has `cached`, then the `still` ones, then the rows themselves
+    (rising positions, the last of the text).
 
     A layer whose kind was not called yet in this pass is passed by.
     """
@@ -77,7 +78,7 @@ def run_ahead(
             pass_.detour.runs = True
             running = running._replace(hidden=_call(pass_, flight, running))
             assert pass_.detour.weights is not None
-            yield pass_.detour.weights
+            yield layer, pass_.detour.weights, pass_.detour.kv.keys
     finally:
         pass_.layer, pass_.detour = here, None
 

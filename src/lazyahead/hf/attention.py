@@ -71,13 +71,15 @@ def attend(query: Tensor, kv: LayerKV, rows: Rows, heads: Heads) -> Tensor:
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
 
 
-def attention_of(query: Tensor, kv: LayerKV, rows: Rows, heads: Heads) -> Tensor:
-    """The attention itself, (H, Q, N) in fp32, that the last Q rows (query (1, H, Q, D)) pay: small Q only."""
-    num_queries, num_keys = query.shape[2], len(kv)
+def attention_of(query: Tensor, kv: LayerKV, rows: Rows, heads: Heads, more: Tensor | None = None) -> Tensor:
+    """The attention itself, (H, Q, N) in fp32, that the last Q rows (query (1, H, Q, D)) pay: small Q only.
+
+    `more` are E keys (1, H_kv, E, D) that every row sees too; what they are paid follows: (H, Q, N + E)."""
+    num_queries = query.shape[2]
     mask = None
     if num_queries > 1 or rows.ancestors is not None or not _sees_everything(rows, heads):
         mask = _mask(rows, slice(rows.positions.numel() - num_queries, None), kv.positions, heads)
-    return _weights(query, kv.keys, mask, heads)[0].view(-1, num_queries, num_keys)
+    return _weights(query, kv.keys, mask, heads, more)[0].reshape(query.shape[1], num_queries, -1)
 
 
 def _sees_everything(rows: Rows, heads: Heads) -> bool:
@@ -149,16 +151,22 @@ def _fold(query: Tensor, kv: LayerKV, bias: Tensor | None, heads: Heads) -> Tens
     return out.view(1, num_heads, num_rows, -1)
 
 
-def _weights(query: Tensor, keys: Tensor, mask: Tensor | None, heads: Heads) -> Tensor:
-    """Softmax of the logits in fp32, (1, H_kv, G * T, N)."""
+def _weights(query: Tensor, keys: Tensor, mask: Tensor | None, heads: Heads, more: Tensor | None = None) -> Tensor:
+    """Softmax of the logits in fp32, (1, H_kv, G * T, N), those of `more` keys that nobody masks behind them."""
     num_heads, num_rows, num_kv = query.shape[1], query.shape[2], keys.shape[1]
     groups = num_heads // num_kv
-    logits = (query.reshape(1, num_kv, groups * num_rows, -1) @ keys.transpose(2, 3)).float() * heads.scaling
-    if heads.softcap is not None:
-        logits = heads.softcap * torch.tanh(logits / heads.softcap)
+    folded = query.reshape(1, num_kv, groups * num_rows, -1)
+    logits = _logits(folded, keys, heads)
     if mask is not None:
         logits = logits.masked_fill(~mask.repeat(groups, 1), -torch.inf)
+    if more is not None:
+        logits = torch.cat([logits, _logits(folded, more, heads)], -1)
     if heads.sinks is None:
         return logits.softmax(-1)
     sinks = heads.sinks.float().view(1, num_kv, groups, 1).expand(-1, -1, -1, num_rows).reshape(1, num_kv, -1, 1)
     return torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
+
+
+def _logits(folded: Tensor, keys: Tensor, heads: Heads) -> Tensor:
+    logits = (folded @ keys.transpose(2, 3)).float() * heads.scaling
+    return logits if heads.softcap is None else heads.softcap * torch.tanh(logits / heads.softcap)

@@ -7,7 +7,7 @@ One operation serves prefill, decoding and the next turn (LazyLLM, sections 3.1 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
 import torch
@@ -18,7 +18,7 @@ from lazyahead.hf.ahead import Standing
 from lazyahead.hf.attention import Heads, Rows, attend, attention_of
 from lazyahead.hf.cache import Growing
 from lazyahead.hf.rows import Pass
-from lazyahead.prefill.foresight import foresee
+from lazyahead.prefill.foresight import foresee, neighbours
 from lazyahead.prefill.reading import Reading, part_len
 from lazyahead.prefill.schedule import Boundary
 from lazyahead.prefill.select import best, demanded
@@ -30,7 +30,8 @@ class Flight:
     """The rows of one request during one pass.
 
     `token_ids` enter at layer 0: the next part of a prompt, or a root and its drafts. `parents` (one per draft, an
-    offset into the drafts or -1 for the root) make them a tree. `limit` bounds the rows of a reading pass.
+    offset into the drafts or -1 for the root) make them a tree. `limit` bounds the rows of a reading pass. `brings`
+    are entries of stashes, by boundary, that an earlier attempt at this pass saw the root would need.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Flight:
         ancestors: Tensor | None = None,
         reading: Reading | None = None,
         limit: int | None = None,
+        brings: Mapping[int, Tensor] | None = None,
     ) -> None:
         session.mark()
         self.session, self.config, self.reading, self.limit = session, config, reading, limit
@@ -66,6 +68,11 @@ class Flight:
         self._selective = config is not None and (prunes or (session.num_stashed > 0 and config.revive != "never"))
         self.blocked = torch.zeros(self.num_drafts, dtype=torch.bool, device=device)
         """Drafts that would demand a revival: their own output is not to be used in this pass."""
+        self._brings = brings
+        self.wants: dict[int, Tensor] = {}
+        """Entries of stashes that the root needs and could not have: this pass is void, the next one brings them."""
+        foretells = self._selective and reading is None and config is not None and config.revive == "demand"
+        self._foretold = session.foretold if foretells else {}
 
     @property
     def num_rows(self) -> int:
@@ -112,6 +119,8 @@ class Flight:
         if self._asks_at(layer + 1):
             num_queries = min(self._num_queries, self.num_rows)
             self._scores = self._score(attention_of(query[:, :, -num_queries:], kv, rows, heads), kv.positions)
+        for boundary in self._foretold.get(layer, ()):
+            self._foretell(boundary, layer, query, rows, heads)
         return attend(query, kv, rows, heads)
 
     def cross(self, layer: int, hidden: Tensor, pass_: Pass) -> Tensor | None:
@@ -133,15 +142,22 @@ class Flight:
             return hidden[:0]
         if self.config.scorer.queries == 0:
             self._scores = self.config.scorer(hidden, positions)[None]
+        foreseen = None
         if self.looks_ahead:
             assert self._scores is not None
             rows, slots = Standing(hidden, self.positions, self.entered), (len(positions), row_slots)
             foreseen = foresee(pass_, self, self.session, self.config.scorer, layer, rows, slots)
-            self._scores = torch.maximum(self._scores, self.config.scorer(foreseen[None], positions)[None])
+            self._scores = torch.maximum(self._scores, self.config.scorer(foreseen.peaks[None], positions)[None])
         chosen = self._choose(boundary, stash, positions, row_slots)
+        if self._brings and layer in self._brings:
+            chosen[stash.slots[self._brings[layer]]] = True
         if self.reading is not None and self.limit is not None and _count(chosen, row_slots, stash) > self.limit:
-            return self._postpone(layer, stash, hidden, chosen, row_slots, self.reading)
-        return self._regroup(stash, hidden, chosen, row_slots)
+            going: Tensor | None = self._postpone(layer, stash, hidden, chosen, row_slots, self.reading)
+        else:
+            going = self._regroup(stash, hidden, chosen, row_slots)
+        if foreseen is not None and self.config.revive == "demand":
+            foreseen.tell(stash)
+        return going
 
     # --- score ---------------------------------------------------------------------------------------------------
 
@@ -162,6 +178,8 @@ class Flight:
         """The common case of a decoding step, seen at one glance: no row pays any stashed token enough."""
         if self.reading is not None or self._num_revived or self.config is None or self.config.revive != "demand":
             return False
+        if self._brings:
+            return False
         assert self._scores is not None
         return not bool(((self._scores[:, stash.slots] > self.config.revive_threshold) & stash.is_live).any())
 
@@ -171,6 +189,20 @@ class Flight:
         if self.reading is None:
             return attention.mean(0)
         return self.config.scorer(attention, positions)[None]
+
+    def _foretell(self, boundary: int, layer: int, query: Tensor, rows: Rows, heads: Heads) -> None:
+        """What root and drafts pay at `layer` to tokens that wait at `boundary`, by the keys they would have here."""
+        assert self.config is not None
+        config, stash, kv = self.config, self.session.stashes[boundary], self.session.kv[layer]
+        asking = query[:, :, -min(self._num_queries, self.num_rows) :]
+        paid = attention_of(asking, kv, rows, heads, stash.keys[layer]).mean(0)[:, len(kv) :]  # (Q, E)
+        hits = (paid > config.revive_threshold) & stash.is_live[: paid.shape[1]]
+        if self.num_drafts:
+            self.blocked |= hits[1:].any(-1)
+        if not self._brings and bool(hits[0].any()):
+            wanted = neighbours(paid[0], hits[0], stash, config.revive_limit, config.scorer.reach)
+            known = self.wants.get(boundary)
+            self.wants[boundary] = wanted if known is None else torch.unique(torch.cat([known, wanted]))
 
     def _below(self, layer: int) -> tuple[Tensor, Tensor]:
         """Positions (N,) of all tokens at the layer below, and the slots (T,) of the rows in flight among them."""

@@ -1,6 +1,8 @@
-"""What the last rows of a prompt will attend to in layers that the prompt has not reached."""
+"""What rows will attend to in layers that a waiting token has not reached."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,14 +10,31 @@ from torch import Tensor
 from lazyahead.hf.ahead import Standing, run_ahead
 from lazyahead.hf.rows import Flight, Pass
 from lazyahead.prefill.score import Scorer
+from lazyahead.prefill.stash import Stash
 from lazyahead.session import Session
+
+
+class Foreseen(NamedTuple):
+    """What was seen ahead of a boundary, about the N tokens below it."""
+
+    peaks: Tensor
+    """(Q, N) attention of the last rows: mean over heads, strongest over layers; 0 for tokens already cached there."""
+    places: Tensor
+    """(N,) of each token its place among `keys`, or -1."""
+    keys: dict[int, Tensor]
+    """By layer (1, H_kv, M, D), as the tokens stand at the boundary."""
+
+    def tell(self, stash: Stash) -> None:
+        """The stash learns the keys that its entries would have."""
+        if len(stash):
+            entries = self.places[stash.slots].clamp(min=0)
+            stash.keys = {layer: keys.index_select(2, entries) for layer, keys in self.keys.items()}
 
 
 def foresee(
     pass_: Pass, flight: Flight, session: Session, scorer: Scorer, layer: int, rows: Standing, below: tuple[int, Tensor]
-) -> Tensor:
-    """Attention (Q, N) of the last rows to the N tokens below the boundary at `layer`: mean over heads, strongest
-    over the layers from there to the scorer's depth.
+) -> Foreseen:
+    """Lets the last rows run from the boundary at `layer` on to the scorer's depth.
 
     `rows` are those in flight; `below` is N and the rows' slots among them. Tokens in flight and tokens that wait at
     the boundary are seen as they stand there, those that the deeper layers have cached as they are.
@@ -30,8 +49,21 @@ def foresee(
         waiting = Standing(stash.hidden[live], stash.positions[live], torch.full_like(live, -1))
         still = Standing(*map(torch.cat, zip(waiting, still, strict=True)))
         slots = torch.cat([stash.slots[live], slots])
+    places = torch.full((num_below,), -1, device=slots.device)
+    places[slots] = torch.arange(slots.numel(), device=slots.device)
     peaks = rows.hidden.new_zeros(running.positions.numel(), num_below, dtype=torch.float32)
-    for attention in run_ahead(pass_, flight, still, running, session.kv, layers):
+    keys: dict[int, Tensor] = {}
+    for deeper, attention, made in run_ahead(pass_, flight, still, running, session.kv, layers):
         peak = attention.mean(0)[:, -slots.numel() :]  # cached tokens come first and need no choosing
         peaks[:, slots] = torch.maximum(peaks[:, slots], peak)
-    return peaks
+        keys[deeper] = made[:, :, -slots.numel() :]
+    return Foreseen(peaks, places, keys)
+
+
+def neighbours(paid: Tensor, hits: Tensor, stash: Stash, limit: int, reach: int) -> Tensor:
+    """Entries to bring back for one row that pays (M,) and hits (M,) the first M of them: the `limit` best hits, and
+    who waits, of the M, within `reach` positions of one."""
+    best = paid.masked_fill(~hits, -torch.inf).sort(descending=True, stable=True).indices[: min(limit, int(hits.sum()))]
+    known = paid.numel()
+    distance = (stash.positions[:known, None] - stash.positions[best]).abs()  # (M, hits)
+    return ((distance <= reach).any(-1) & stash.is_live[:known]).nonzero()[:, 0]

@@ -27,6 +27,10 @@ class Scorer(Protocol):
     def ahead(self) -> float:
         """Depth, as a fraction of the layers, up to which those rows run ahead of the prompt; 0: they do not."""
 
+    @property
+    def reach(self) -> int:
+        """How far from a token, by position, its neighbours matter with it."""
+
     def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
         """Attention (H, Q, N) of the last Q rows, and the N tokens' positions, to scores (N,)."""
 
@@ -44,6 +48,10 @@ class LastToken:
     @property
     def ahead(self) -> float:
         return 0.0
+
+    @property
+    def reach(self) -> int:
+        return 0
 
     def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
         return attention[:, -1].mean(0)  # (H, 1, N) -> (N,)
@@ -70,6 +78,10 @@ class Window:
         if not 0 <= self.ahead < 1:
             raise ConfigError(f"ahead must be in 0..1 (a fraction of the layers), got {self.ahead}")
 
+    @property
+    def reach(self) -> int:
+        return self.pool // 2
+
     def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
         scores = attention.mean(0).amax(0)  # (H, Q, N) -> (N,)
         if self.pool == 1:
@@ -89,6 +101,10 @@ class Random:
     @property
     def ahead(self) -> float:
         return 0.0
+
+    @property
+    def reach(self) -> int:
+        return 0
 
     def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)

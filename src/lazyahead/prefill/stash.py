@@ -12,13 +12,17 @@ class Stash:
     """Deferred tokens of one request at one boundary.
 
     `hidden` (N, d) is what would enter the layer, `positions` (N,) the places in the text, `slots` (N,) where their
-    keys stand at the layer below. A revived entry is only marked; `compact` frees the room.
+    keys stand at the layer below. A revived entry is only marked; `compact` frees the room. `keys`, by deeper layer
+    (1, H_kv, M, D), are those the first M entries would have there if their states stayed as they are; empty: not
+    foretold.
     """
 
     def __init__(self) -> None:
         self._hidden, self._positions, self._slots, self._live = Growing(), Growing(), Growing(), Growing()
         self._num_live = 0
         self._mark, self._taken = 0, list[Tensor]()
+        self.keys: dict[int, Tensor] = {}
+        self._keys_before = self.keys
 
     def __len__(self) -> int:
         """Tokens that wait here."""
@@ -26,7 +30,8 @@ class Stash:
 
     @property
     def nbytes(self) -> int:
-        return self._hidden.nbytes + self._positions.nbytes + self._slots.nbytes
+        foretold = sum(keys.nbytes for keys in self.keys.values())
+        return self._hidden.nbytes + self._positions.nbytes + self._slots.nbytes + foretold
 
     @property
     def live(self) -> Tensor:
@@ -69,7 +74,7 @@ class Stash:
 
     def mark(self) -> None:
         """A pass begins, which `rollback` undoes."""
-        self._mark, self._taken = len(self._live), []
+        self._mark, self._taken, self._keys_before = len(self._live), [], self.keys
 
     def rollback(self) -> None:
         """As at the latest `mark`: what came since leaves, what was taken since waits again."""
@@ -78,7 +83,7 @@ class Stash:
         for entries in self._taken:
             self._live.rows[entries] = True
         self._num_live = int(self._live.rows.sum()) if self._mark else 0
-        self._taken = []
+        self._taken, self.keys = [], self._keys_before
 
     def compact(self) -> None:
         """Frees the room of revived entries once they are the larger part."""
@@ -96,6 +101,8 @@ class Stash:
 
     def _keep(self, entries: Tensor) -> None:
         kept = [part.rows[entries] for part in (self._hidden, self._positions, self._slots)]
+        keys = {layer: old.index_select(2, entries[entries < old.shape[2]]) for layer, old in self.keys.items()}
         self.__init__()  # type: ignore[misc]
         if entries.numel():
             self.add(*kept)
+            self.keys = keys

@@ -44,6 +44,7 @@ PLANS: dict[str, tuple[Stage, ...]] = {
         Stage(length=1024, batch=2, steps=820, lr_start=4e-4, lr_end=4e-4, dense=0.5),
         Stage(length=4096, batch=1, steps=60, lr_start=4e-4, lr_end=1e-4),
         Stage(length=8192, batch=1, steps=12, lr_start=1e-4, lr_end=1e-5),
+        Stage(length=8192, batch=1, steps=40, lr_start=1.2e-4, lr_end=5e-6),
     ),
 }
 
