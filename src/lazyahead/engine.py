@@ -168,7 +168,7 @@ class Engine:
         """Accepted rows stay in place, the rest is dropped; an answer ends at the very token that ends it."""
         for request, flight, tokens, nodes in runs:
             request.wants = flight.wants
-            if flight.wants:  # the same again, with what the root turned out to need
+            if flight.wants:  # once more, with what the root turned out to need
                 request.num_steps += 1
                 flight.undo()
                 continue
@@ -205,13 +205,8 @@ class Engine:
     def _write(self, request: Request) -> Flight:
         draft = request.draft
         ancestors = torch.from_numpy(draft.ancestors).to(self.runner.device) if len(draft) else None
-        tokens = [*request.session.pending, *draft.token_ids]
-        return Flight(
-            *(request.session, self.prefill, tokens, self.runner.device),
-            depths=draft.depths,
-            ancestors=ancestors,
-            brings=request.wants,
-        )
+        rows = (request.session, self.prefill, [*request.session.pending, *draft.token_ids], self.runner.device)
+        return Flight(*rows, depths=draft.depths, ancestors=ancestors, brings=request.wants)
 
     def _read_all(self, limit: int | None) -> list[tuple[Request, Flight]]:
         """Prompts first come first served: a whole one where nobody waits for a token, else parts of `limit` rows."""

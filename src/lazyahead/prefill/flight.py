@@ -1,0 +1,99 @@
+"""The rows of one request during one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from lazyahead.config import LazyPrefill
+from lazyahead.hf.attention import Heads
+from lazyahead.hf.cache import Growing
+from lazyahead.prefill.reading import Reading
+from lazyahead.session import Session
+
+
+class InFlight:
+    """The rows of one request during one pass: which they are, and how the pass is taken back.
+
+    `token_ids` enter at layer 0: the next part of a prompt, or a root and its drafts. `parents` (one per draft, an
+    offset into the drafts or -1 for the root) make them a tree. `limit` bounds the rows of a reading pass. `brings`
+    are entries of stashes, by boundary, that an earlier attempt at this pass saw the root would need.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        config: LazyPrefill | None,
+        token_ids: Sequence[int],
+        device: torch.device,
+        *,
+        depths: Sequence[int] = (),
+        ancestors: Tensor | None = None,
+        reading: Reading | None = None,
+        limit: int | None = None,
+        brings: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        session.mark()
+        self.session, self.config, self.reading, self.limit = session, config, reading, limit
+        self._reading_before = replace(reading) if reading is not None else None
+        self.token_ids, self.num_drafts, self._ancestors = token_ids, len(depths), ancestors
+        start = len(session)
+        resumes = reading is not None and reading.stage is not None
+        chain = range(start, start + len(token_ids) - len(depths))
+        places = [reading.end - 1] if resumes and reading else [*chain, *(start + depth for depth in depths)]
+        self.last = max(places)
+        self.entering_positions = torch.tensor(places, device=device)
+        self.positions, self.entered = self.entering_positions, torch.arange(len(places), device=device)
+        self._is_blank = resumes  # one row that only keeps the place of the last token until the stage is reached
+        self.has_last = reading is None or (not resumes and self.last == reading.end - 1)
+        self._num_revived = 0
+        # Of the layers up to the next boundary, whose keys are the same.
+        self._masks: dict[tuple[Heads, int], Tensor] = {}
+        self._scores: Tensor | None = None
+        prunes = reading is not None and reading.prunes
+        self._selective = config is not None and (prunes or (session.num_stashed > 0 and config.revive != "never"))
+        self.blocked = torch.zeros(self.num_drafts, dtype=torch.bool, device=device)
+        """Drafts that would demand a revival: their own output is not to be used in this pass."""
+        self._brings = brings
+        self.wants: dict[int, Tensor] = {}
+        """Entries of stashes that the root needs and could not have: this pass is void, the next one brings them."""
+        foretells = self._selective and reading is None and config is not None and config.revive == "demand"
+        self._foretold = session.foretold if foretells else {}
+
+    @property
+    def num_rows(self) -> int:
+        return self.positions.numel()
+
+    @property
+    def speaks(self) -> Sequence[int]:
+        """Rows that give logits: the root and its drafts, or the prompt's last token."""
+        if self.reading is None:
+            return range(len(self.token_ids))
+        return [len(self.token_ids) - 1] if self.has_last or self._is_blank else []
+
+    def undo(self) -> bool:
+        """The pass was broken off: takes it back, unless it was committed. Tells whether it was taken back."""
+        is_undone = self.session.rollback()
+        if is_undone and self.reading is not None and self._reading_before is not None:
+            for known in fields(Reading):
+                setattr(self.reading, known.name, getattr(self._reading_before, known.name))
+        return is_undone
+
+    def entered_tokens(self, accepted: Sequence[int]) -> list[int]:
+        """Tokens of this pass that the session now has: all but the drafts that were not accepted."""
+        if self.reading is not None and self.entering_positions[0] < len(self.session):
+            return []  # carried on tokens that entered in an earlier pass
+        chain = len(self.token_ids) - self.num_drafts
+        return [*self.token_ids[:chain], *(self.token_ids[chain + node] for node in accepted)]
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the prompt's last rows run ahead of it to see what they will need."""
+        return self._selective and self.reading is not None and self.config is not None and self.config.scorer.ahead > 0
+
+    @property
+    def tables(self) -> list[Growing] | None:
+        return self.session.tables if self._selective else None
