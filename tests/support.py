@@ -45,7 +45,7 @@ PREFILLS: dict[str, LazyPrefill | None] = {
     "lazy": LAZY,
     "calm": CALM,
     "fast": FAST,
-    "ahead": replace(LAZY, scorer=Window(4, 3, ahead=0.9)),
+    "ahead": replace(LAZY, scorer=Window(4, 3, ahead=0.9), recall_threshold=0.2),
     "paper": LazyPrefill.paper(),
     "static_prune": LazyPrefill(((0.25, 0.5),), LastToken(), revive="never", min_tokens=0),
     "random_drop": replace(LazyPrefill.random_drop(), min_tokens=0),
@@ -230,6 +230,7 @@ def check_invariants(session: Session) -> None:
         if stash is not None and len(stash):
             here = stash.positions[stash.live].tolist()
             assert len(set(here)) == len(here) == len(stash)
+            assert all(keys.shape[2] <= stash.is_live.numel() for keys in stash.keys.values())
             if layer:
                 slots = session.kv[layer - 1].positions[stash.slots[stash.live]].tolist()
                 assert slots == here, f"slots of the stash at {layer} point elsewhere"

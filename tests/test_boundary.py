@@ -48,6 +48,7 @@ def configs(draw):
         revive=revive,
         revive_threshold=draw(st.sampled_from([0.0, 0.01, 0.05, 0.3])),
         revive_limit=draw(st.integers(0, 20)),
+        recall_threshold=draw(st.sampled_from([0.05, 0.3, 0.9])),
         protect_first=draw(st.integers(0, 5)),
         protect_last=draw(st.integers(0, 9)),
         min_tokens=draw(st.sampled_from([0, 0, 15])),

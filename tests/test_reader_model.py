@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lazyahead import LLM, LazyPrefill, Lookahead
 from lazyahead.hf.probe import probe
 from lazyahead.reader import Sample, reader_path, samples, score
 from lazyahead.reader import metrics as measure
@@ -19,6 +21,8 @@ from lazyahead.reader.circuit import SIZES, Size, build_model
 from lazyahead.reader.plans import Stage
 from lazyahead.reader.train import Run, train
 from lazyahead.reader.vocabulary import study
+from lazyahead.results import Completion
+from lazyahead.sampling import Sampling
 
 TINY = Size(width=192, head_dim=32, mlp=64, num_layers=8)
 STAGES = (Stage(length=128, batch=2, steps=3, lr_start=0.0, lr_end=1e-3, repeats=0.5, dense=1.0),)
@@ -138,3 +142,25 @@ def test_the_reader_can_be_read_lazily_and_drafted_for() -> None:
     model = AutoModelForCausalLM.from_pretrained(reader_path(), dtype=torch.float32)
     support = probe(model)
     assert (support.level, support.num_layers) == ("full", model.config.num_hidden_layers)
+
+
+def test_what_only_the_answer_asks_for_is_called_back_from_the_first_boundary() -> None:
+    model = AutoModelForCausalLM.from_pretrained(reader_path(), dtype=torch.float32)
+    lazy, drafting = LazyPrefill(), Lookahead()
+    never = replace(lazy, revive="never")
+    answers: dict[str, list[Completion]] = {}
+    for name, prefill, decode in (
+        ("full", None, None),
+        ("lazy", lazy, None),
+        ("drafted", lazy, drafting),
+        ("never", never, None),
+    ):
+        llm = LLM(model, tokenizer=load_tokenizer(), prefill=prefill, decode=decode)
+        answers[name] = [
+            llm.generate(sample.document, sample.question, sampling=Sampling(max_new_tokens=100))
+            for sample in samples("summarization", 1024, n=2)
+        ]
+    texts = {name: [answer.text for answer in given] for name, given in answers.items()}
+    assert texts["lazy"] == texts["drafted"] == texts["full"]
+    assert texts["never"] != texts["full"]
+    assert all(answer.stats.revived > 0 for answer in answers["lazy"])

@@ -25,7 +25,7 @@ class LazyPrefill:
     Raises ConfigError for a setting that cannot mean anything, naming the value.
     """
 
-    schedule: Schedule = ((0.17, 0.25), (0.42, 0.05))
+    schedule: Schedule = ((0.17, 0.15), (0.42, 0.05))
     """(depth, keep ratio) pairs: after this fraction of the layers, this fraction of the prompt goes on."""
     scorer: Scorer = field(default_factory=lambda: Window(queries=24, pool=31, ahead=0.6))
     """Which tokens matter. The paper's is `LastToken()`."""
@@ -36,6 +36,9 @@ class LazyPrefill:
     """Demand: attention (mean over heads) that the running token must pay to a deferred one."""
     revive_limit: int = 8
     """Demand: most tokens that one row may bring back at one boundary, best first."""
+    recall_threshold: float = 0.9
+    """Demand, with a scorer that runs ahead: attention of one head that the running token must pay, in a layer that
+    the question visited, to a token that waits."""
     protect_first: int = 4
     """Prompt tokens at the start that always go on."""
     protect_last: int = 32
@@ -51,8 +54,10 @@ class LazyPrefill:
             raise ConfigError(f"revive must be one of {', '.join(get_args(Revival))}, got {self.revive!r}")
         if self.revive != "never" and self.scorer.queries == 0:
             raise ConfigError(f"revive {self.revive!r} needs attention and {self.scorer} sees none; use 'never'")
-        if not (_is_number(self.revive_threshold) and 0 <= self.revive_threshold <= 1):
-            raise ConfigError(f"revive_threshold is an attention weight in 0..1, got {self.revive_threshold!r}")
+        for name in ("revive_threshold", "recall_threshold"):
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 <= value <= 1):
+                raise ConfigError(f"{name} is an attention weight in 0..1, got {value!r}")
         for name in ("revive_limit", "protect_first", "protect_last", "min_tokens"):
             _check_count(name, getattr(self, name))
 
@@ -63,7 +68,17 @@ class LazyPrefill:
         Figure 4's sketch: 30 % dropped after 30, 60 and 90 % of the layers.
         """
         schedule = ((0.3, 0.7), (0.6, 0.49), (0.9, 0.343))
-        return cls(schedule, LastToken(), "percentile", 0.0, 0, 0, 0, False, 0)
+        return cls(
+            schedule,
+            LastToken(),
+            "percentile",
+            revive_threshold=0.0,
+            revive_limit=0,
+            protect_first=0,
+            protect_last=0,
+            protect_question=False,
+            min_tokens=0,
+        )
 
     @classmethod
     def random_drop(cls, keep_ratio: float = 0.5, seed: int = 0) -> LazyPrefill:
@@ -202,7 +217,7 @@ def _check_schedule(schedule: Schedule, needs_attention: bool) -> None:
 
 PRESETS: dict[str, LazyPrefill] = {
     "balanced": LazyPrefill(),
-    "fast": replace(LazyPrefill(), schedule=((0.17, 0.15), (0.42, 0.03))),
+    "fast": replace(LazyPrefill(), schedule=((0.17, 0.08), (0.42, 0.03))),
     "paper": LazyPrefill.paper(),
     "static_prune": LazyPrefill.static_prune(),
     "random_drop": LazyPrefill.random_drop(),

@@ -110,8 +110,8 @@ class Flight(InFlight):
         assert self.config is not None
         config, stash, kv = self.config, self.session.stashes[boundary], self.session.kv[layer]
         asking = query[:, :, -min(self._num_queries, self.num_rows) :]
-        paid = attention_of(asking, kv, rows, heads, stash.keys[layer]).mean(0)[:, len(kv) :]  # (Q, E)
-        hits = (paid > config.revive_threshold) & stash.is_live[: paid.shape[1]]
+        paid = attention_of(asking, kv, rows, heads, stash.keys[layer]).amax(0)[:, len(kv) :]  # (Q, E)
+        hits = (paid > config.recall_threshold) & stash.is_live[: paid.shape[1]]
         if self.num_drafts:
             self.blocked |= hits[1:].any(-1)
         if not self._brings and bool(hits[0].any()):

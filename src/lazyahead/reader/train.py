@@ -199,7 +199,9 @@ def draw_curve(folder: Path) -> Path:
     below.set(ylabel="answer tokens right", xlabel="million tokens")
     for a, b in pairwise(records):
         if a["length"] != b["length"]:
-            above.annotate(f" {b['length']:.0f}", (b["tokens"] / 1e6, records[0]["answer_loss"]))
+            above.annotate(
+                f"{b['length']:.0f} ", (b["tokens"] / 1e6, records[0]["answer_loss"]), rotation=90, va="top", fontsize=8
+            )
             for axis in (above, below):
                 axis.axvline(b["tokens"] / 1e6, color="grey", linewidth=0.5)
     figure.tight_layout()
