@@ -25,7 +25,7 @@ class LazyPrefill:
     Raises ConfigError for a setting that cannot mean anything, naming the value.
     """
 
-    schedule: Schedule = ((0.17, 0.15), (0.42, 0.05))
+    schedule: Schedule = ((0.17, 0.2), (0.42, 0.1))
     """(depth, keep ratio) pairs: after this fraction of the layers, this fraction of the prompt goes on."""
     scorer: Scorer = field(default_factory=lambda: Window(queries=24, pool=31, ahead=0.6))
     """Which tokens matter. The paper's is `LastToken()`."""
@@ -217,7 +217,7 @@ def _check_schedule(schedule: Schedule, needs_attention: bool) -> None:
 
 PRESETS: dict[str, LazyPrefill] = {
     "balanced": LazyPrefill(),
-    "fast": replace(LazyPrefill(), schedule=((0.17, 0.08), (0.42, 0.03))),
+    "fast": replace(LazyPrefill(), schedule=((0.17, 0.1), (0.42, 0.03))),
     "paper": LazyPrefill.paper(),
     "static_prune": LazyPrefill.static_prune(),
     "random_drop": LazyPrefill.random_drop(),
