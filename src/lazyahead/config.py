@@ -217,7 +217,7 @@ def _check_schedule(schedule: Schedule, needs_attention: bool) -> None:
 
 PRESETS: dict[str, LazyPrefill] = {
     "balanced": LazyPrefill(),
-    "fast": replace(LazyPrefill(), schedule=((0.17, 0.1), (0.42, 0.03))),
+    "fast": replace(LazyPrefill(), schedule=((0.17, 0.15), (0.42, 0.05))),
     "paper": LazyPrefill.paper(),
     "static_prune": LazyPrefill.static_prune(),
     "random_drop": LazyPrefill.random_drop(),
