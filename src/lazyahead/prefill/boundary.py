@@ -58,7 +58,7 @@ class Flight(InFlight):
         if self.config.scorer.queries == 0:
             self._scores = self.config.scorer(hidden, positions)[None]
         foreseen = None
-        if self.looks_ahead:
+        if self.looks_ahead and (boundary.keep_ratio < 1 or len(stash)):
             assert self._scores is not None
             rows, slots = Standing(hidden, self.positions, self.entered), (len(positions), row_slots)
             foreseen = foresee(pass_, self, self.session, self.config.scorer, layer, rows, slots)
