@@ -161,7 +161,7 @@ class Spy:
 def test_rows_that_run_ahead_with_none_left_behind_see_what_the_model_will_see(family):
     model, anatomy = tiny(family)
     spy, prompt = Spy(queries=12, ahead=0.99), prompts(12)[0]
-    request = answer(family, prompt, LazyPrefill(((0.5, 1.0),), spy, min_tokens=0), num_tokens=1)
+    request = answer(family, prompt, LazyPrefill(((0.5, 0.99),), spy, min_tokens=0), num_tokens=1)
     with switched(anatomy.configs, "eager"), torch.no_grad():
         attentions = model(torch.tensor([prompt]), output_attentions=True).attentions
     (boundary,) = request.session.boundaries
