@@ -29,8 +29,7 @@ class Engine:
     """Runs requests on one model, many at once. `submit`, then `step` until `is_idle`, inside `with engine:`.
 
     Beside running answers a prompt is read in parts of `max_stall_rows` rows, which bounds how long a pass can stall
-    them; alone it is read in one pass. `row_cost` tells what rows cost here, and so how many drafts pay; without it
-    every draft is verified.
+    them; alone it is read in one pass. `row_cost` tells how many drafts pay; without it every draft is verified.
     """
 
     def __init__(

@@ -35,15 +35,8 @@ class Scorer(Protocol):
         """Attention (H, Q, N) of the last Q rows, and the N tokens' positions, to scores (N,)."""
 
 
-@dataclass(frozen=True)
-class LastToken:
-    """The paper's eq. 1: s_i = mean over heads of the attention that the last row pays to token i."""
-
-    queries: int = 1
-
-    def __post_init__(self) -> None:
-        if self.queries != 1:
-            raise ConfigError(f"LastToken looks at 1 row, got queries={self.queries}; use Window for more")
+class _Alone:
+    """Scorers whose rows stay where they are, and to which each token matters by itself."""
 
     @property
     def ahead(self) -> float:
@@ -52,6 +45,17 @@ class LastToken:
     @property
     def reach(self) -> int:
         return 0
+
+
+@dataclass(frozen=True)
+class LastToken(_Alone):
+    """The paper's eq. 1: s_i = mean over heads of the attention that the last row pays to token i."""
+
+    queries: int = 1
+
+    def __post_init__(self) -> None:
+        if self.queries != 1:
+            raise ConfigError(f"LastToken looks at 1 row, got queries={self.queries}; use Window for more")
 
     def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
         return attention[:, -1].mean(0)  # (H, 1, N) -> (N,)
@@ -92,19 +96,11 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(_Alone):
     """Looks at nothing: the random token drop that the paper compares with."""
 
     seed: int = 0
     queries: int = 0
-
-    @property
-    def ahead(self) -> float:
-        return 0.0
-
-    @property
-    def reach(self) -> int:
-        return 0
 
     def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
