@@ -1,5 +1,6 @@
 """What holds for every session whatever happens to it: nothing computed twice, nothing lost, every key as by hand."""
 
+import copy
 import random
 from dataclasses import dataclass, field, replace
 
@@ -24,7 +25,6 @@ from support import (
 )
 
 from lazyahead.config import LazyPrefill
-from lazyahead.hf.look import switched
 from lazyahead.prefill.score import LastToken, Random, Window
 
 FAMILIES = ["llama", "gemma2", "gemma3", "smollm3", "mistral_window"]
@@ -162,8 +162,10 @@ def test_rows_that_run_ahead_with_none_left_behind_see_what_the_model_will_see(f
     model, anatomy = tiny(family)
     spy, prompt = Spy(queries=12, ahead=0.99), prompts(12)[0]
     request = answer(family, prompt, LazyPrefill(((0.5, 0.99),), spy, min_tokens=0), num_tokens=1)
-    with switched(anatomy.configs, "eager"), torch.no_grad():
-        attentions = model(torch.tensor([prompt]), output_attentions=True).attentions
+    plain = copy.deepcopy(model)  # to collect attentions transformers hooks a model for good
+    plain.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = plain(torch.tensor([prompt]), output_attentions=True).attentions
     (boundary,) = request.session.boundaries
     visited = [at for at in range(boundary, anatomy.num_layers - 1) if anatomy.attends_fully[at]]
     expected = torch.stack([attentions[at][0].mean(0) for at in visited]).amax(0) if visited else torch.zeros(12, 12)

@@ -165,7 +165,7 @@ def forgetful() -> LLM:
     return LLM(model, tokenizer=chatty(byte_level()))
 
 
-BASE = LazyPrefill(min_tokens=16, protect_first=2, protect_last=4, protect_question=False)
+BASE = LazyPrefill(min_tokens=16, protect_first=2, protect_last=4, protect_question=False, scorer=Window(queries=4))
 
 
 def test_a_model_that_never_looks_back_is_pruned_as_hard_as_can_be():
