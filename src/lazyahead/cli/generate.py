@@ -27,6 +27,15 @@ Ask = Callable[..., "Iterator[Piece]"]
 """A question, ready to be asked: takes `on_progress`."""
 
 
+SessionFile = Annotated[
+    Path | None, typer.Option(help="Continue this conversation where the file exists, and keep it there.")
+]
+Explain = Annotated[
+    Path | None,
+    typer.Option(help="Write a page that shows what was read how deeply and what was drafted; colour the answer."),
+]
+
+
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The text to answer; - reads stdin.")] = None,
     file: options.File = None,
@@ -44,13 +53,8 @@ def generate(
     top_p: options.TopP = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
-    session: Annotated[
-        Path | None, typer.Option(help="Continue this conversation where the file exists, and keep it there.")
-    ] = None,
-    explain: Annotated[
-        Path | None,
-        typer.Option(help="Write a page that shows what was read how deeply and what was drafted; colour the answer."),
-    ] = None,
+    session: SessionFile = None,
+    explain: Explain = None,
     compare: Annotated[bool, typer.Option("--compare", help="Run plain transformers as well, side by side.")] = False,
     runs: options.Runs = 3,
     json: options.Json = False,

@@ -91,9 +91,9 @@ class Flight(InFlight):
 
     def _nobody_asks(self, stash: Stash) -> bool:
         """The common case of a decoding step, seen at one glance: no row pays any stashed token enough."""
-        if self.reading is not None or self._num_revived or self.config is None or self.config.revive != "demand":
+        if self.reading is not None or self._num_revived or self._brings:
             return False
-        if self._brings:
+        if self.config is None or self.config.revive != "demand":
             return False
         assert self._scores is not None
         return not bool(((self._scores[:, stash.slots] > self.config.revive_threshold) & stash.is_live).any())
@@ -107,6 +107,8 @@ class Flight(InFlight):
 
     def _foretell(self, boundary: int, layer: int, query: Tensor, rows: Rows, heads: Heads) -> None:
         """What root and drafts pay at `layer` to tokens that wait at `boundary`, by the keys they would have here."""
+        if self._brings and not self.num_drafts:
+            return  # the root has been asked, and nobody else is here
         assert self.config is not None
         config, stash, kv = self.config, self.session.stashes[boundary], self.session.kv[layer]
         asking = query[:, :, -min(self._num_queries, self.num_rows) :]
