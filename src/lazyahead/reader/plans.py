@@ -40,11 +40,11 @@ PLANS: dict[str, tuple[Stage, ...]] = {
     ),
     # Goes on from finished weights.
     "more": (
-        Stage(length=1024, batch=2, steps=20, lr_start=0.0, lr_end=4e-4, dense=0.5),
-        Stage(length=1024, batch=2, steps=820, lr_start=4e-4, lr_end=4e-4, dense=0.5),
-        Stage(length=4096, batch=1, steps=60, lr_start=4e-4, lr_end=1e-4),
-        Stage(length=8192, batch=1, steps=12, lr_start=1e-4, lr_end=1e-5),
-        Stage(length=8192, batch=1, steps=40, lr_start=1.2e-4, lr_end=5e-6),
+        Stage(length=1024, batch=2, steps=20, lr_start=0.0, lr_end=4e-4, dense=0.3),
+        Stage(length=1024, batch=2, steps=250, lr_start=4e-4, lr_end=4e-4, dense=0.3),
+        Stage(length=2048, batch=1, steps=450, lr_start=4e-4, lr_end=4e-4, dense=0.1),
+        Stage(length=4096, batch=1, steps=320, lr_start=4e-4, lr_end=2.5e-4),
+        Stage(length=8192, batch=1, steps=110, lr_start=2.5e-4, lr_end=5e-6),
     ),
 }
 

@@ -82,7 +82,7 @@ def losses(model: SmolLM3ForCausalLM, batch: Batch, device: str) -> tuple[Tensor
     target, weight = ids[:, 1:][wanted], weights[:, 1:][wanted]
     each = F.cross_entropy(logits, target, reduction="none")
     with torch.no_grad():
-        answers = weight == ANSWER_WEIGHT
+        answers = weight >= ANSWER_WEIGHT
         right = (logits.argmax(-1) == target)[answers].float().mean()
         answer_loss = each[answers].mean()
     return (each * weight).sum() / weight.sum(), answer_loss, right
@@ -142,7 +142,7 @@ def _step(
 ) -> dict[str, float]:
     """One optimizer step; advances `progress` and returns what the curve records."""
     stage, lr = run.stage_at(progress.step)
-    batch = make_batch(stage, progress.step, tokenizer)
+    batch = make_batch(stage, progress.step, tokenizer, run.seed)
     loss, answer_loss, accuracy = losses(model, batch, run.device)
     loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--compile", action="store_true", help="compile the layers: a minute a stage, then 1.6x faster")
     parser.add_argument("--until", type=int, help="stop after this step")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the first weights, and of the pages drawn")
     return parser
 
 
