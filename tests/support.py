@@ -21,6 +21,7 @@ from lazyahead.engine import Engine, Request
 from lazyahead.hf.anatomy import Anatomy
 from lazyahead.hf.forward import Runner
 from lazyahead.hf.probe import examine
+from lazyahead.prefill.schedule import near_layers
 from lazyahead.prefill.score import LastToken, Window
 from lazyahead.sampling import Picker
 from lazyahead.session import Session
@@ -267,7 +268,16 @@ class ByHand:
         self.states: list[dict[int, Tensor]] = [{} for _ in range(len(self.layers) + 1)]
         self.keys: list[dict[int, Tensor]] = [{} for _ in self.layers]
         self.values: list[dict[int, Tensor]] = [{} for _ in self.layers]
+        self.near: dict[int, int] = {}  # of positions that attend only to so many before them, in the first layers
+        self.num_near_layers = 0
         self.num_checked = 0
+
+    def reads_near(self, session: Session, config: LazyPrefill, end: int) -> None:
+        """A turn up to `end` begins, whose first layers look only at what is near."""
+        placed = list(session.boundaries.values())
+        self.num_near_layers = near_layers(placed, session.num_layers, config.scorer.looks_from)
+        until = end - max(config.protect_last, config.scorer.queries) if config.near else 0
+        self.near |= dict.fromkeys(range(len(session), until), config.near)
 
     @torch.no_grad()
     def follow(self, session: Session) -> None:
@@ -281,7 +291,7 @@ class ByHand:
 
     def forget(self, num_tokens: int) -> None:
         """The session was cropped."""
-        for known in (*self.states, *self.keys, *self.values):
+        for known in (self.near, *self.states, *self.keys, *self.values):
             for position in [position for position in known if position >= num_tokens]:
                 del known[position]
 
@@ -297,6 +307,9 @@ class ByHand:
         mask = places[:, None] >= places[None]
         if self.windows[layer]:
             mask &= places[:, None] - places[None] < self.windows[layer]
+        if layer < self.num_near_layers and not self.windows[layer]:
+            spans = torch.tensor([self.near.get(position, 10**6) for position in order])
+            mask &= (places[:, None] - places[None] < spans[:, None]) | (places < 4)
         bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[None, None]
         recorder, hidden = Recorder(), torch.stack([self.states[layer][position] for position in order])[None]
         out = self._call(layer, hidden, places, bias, recorder)

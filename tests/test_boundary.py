@@ -37,7 +37,17 @@ def configs(draw):
     depths = sorted(draw(st.sets(st.sampled_from([0.25, 0.3, 0.5, 0.6, 0.75, 0.9]), min_size=1, max_size=3)))
     ratios = sorted(draw(st.lists(st.floats(0.05, 1.0), min_size=len(depths), max_size=len(depths))), reverse=True)
     scorer = draw(
-        st.sampled_from([LastToken(), Window(4, 3), Window(1, 1), Window(9, 5), Window(5, 3, ahead=0.8), Random(3)])
+        st.sampled_from(
+            [
+                LastToken(),
+                Window(4, 3),
+                Window(1, 1),
+                Window(9, 5),
+                Window(5, 3, ahead=0.8),
+                Window(5, 3, ahead=0.8, looks_from=0.6),
+                Random(3),
+            ]
+        )
     )
     revive = "never" if scorer.queries == 0 else draw(st.sampled_from(["demand", "percentile", "never"]))
     if scorer.queries == 0 and draw(st.booleans()):
@@ -49,6 +59,8 @@ def configs(draw):
         revive_threshold=draw(st.sampled_from([0.0, 0.01, 0.05, 0.3])),
         revive_limit=draw(st.integers(0, 20)),
         recall_threshold=draw(st.sampled_from([0.05, 0.3, 0.9])),
+        doubt_below=draw(st.sampled_from([0.1, 0.5, 1.0])),
+        near=draw(st.sampled_from([0, 0, 6, 15])),
         protect_first=draw(st.integers(0, 5)),
         protect_last=draw(st.integers(0, 9)),
         min_tokens=draw(st.sampled_from([0, 0, 15])),
@@ -77,6 +89,8 @@ class Life:
                 self.engine.submit(beside)
                 self.engine.step()
             request = request_for(self.engine, text, num_tokens, self.session)
+            if request.reading.prunes:
+                self.hand.reads_near(self.session, self.engine.prefill, len(text))
             self.engine.submit(request)
             while request.finish_reason is None:
                 self.engine.step()
@@ -149,6 +163,7 @@ class Spy:
 
     queries: int
     ahead: float
+    looks_from: float = 0.0
     reach: int = 0
     seen: list[torch.Tensor] = field(default_factory=list)
 

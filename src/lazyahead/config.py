@@ -27,18 +27,23 @@ class LazyPrefill:
 
     schedule: Schedule = ((0.17, 0.2), (0.42, 0.1))
     """(depth, keep ratio) pairs: after this fraction of the layers, this fraction of the prompt goes on."""
-    scorer: Scorer = field(default_factory=lambda: Window(queries=24, pool=31, ahead=0.6))
+    scorer: Scorer = field(default_factory=lambda: Window(queries=24, pool=31, ahead=0.6, looks_from=0.34))
     """Which tokens matter. The paper's is `LastToken()`."""
     revive: Revival = "demand"
     """`demand`: a token whose attention passes the threshold comes back. `percentile`: the paper's rule, the best
     `keep_ratio` of the prompt are selected anew at every step. `never`: what was deferred stays out."""
-    revive_threshold: float = 0.01
+    revive_threshold: float = 0.2
     """Demand: attention (mean over heads) that the running token must pay to a deferred one."""
     revive_limit: int = 8
     """Demand: most tokens that one row may bring back at one boundary, best first."""
     recall_threshold: float = 0.9
     """Demand, with a scorer that runs ahead: attention of one head that the running token must pay, in a layer that
     the question visited, to a token that waits."""
+    doubt_below: float = 0.98
+    """The same: only where the likeliest next token is less probable than this, what waits is called back."""
+    near: int = 1024
+    """Before the first cut, and before the depth from which the scorer looks far (`looks_from`), a token attends to so
+    many before it and to the first few; only the last ones of the prompt attend to all. 0: every token does."""
     protect_first: int = 4
     """Prompt tokens at the start that always go on."""
     protect_last: int = 32
@@ -54,11 +59,12 @@ class LazyPrefill:
             raise ConfigError(f"revive must be one of {', '.join(get_args(Revival))}, got {self.revive!r}")
         if self.revive != "never" and self.scorer.queries == 0:
             raise ConfigError(f"revive {self.revive!r} needs attention and {self.scorer} sees none; use 'never'")
-        for name in ("revive_threshold", "recall_threshold"):
+        for name in ("revive_threshold", "recall_threshold", "doubt_below"):
             value = getattr(self, name)
             if not (_is_number(value) and 0 <= value <= 1):
-                raise ConfigError(f"{name} is an attention weight in 0..1, got {value!r}")
-        for name in ("revive_limit", "protect_first", "protect_last", "min_tokens"):
+                kind = "a probability" if name == "doubt_below" else "an attention weight"
+                raise ConfigError(f"{name} is {kind} in 0..1, got {value!r}")
+        for name in ("near", "revive_limit", "protect_first", "protect_last", "min_tokens"):
             _check_count(name, getattr(self, name))
 
     @classmethod
@@ -71,7 +77,8 @@ class LazyPrefill:
         return cls(
             schedule,
             LastToken(),
-            "percentile",
+            near=0,
+            revive="percentile",
             revive_threshold=0.0,
             revive_limit=0,
             protect_first=0,
@@ -83,12 +90,12 @@ class LazyPrefill:
     @classmethod
     def random_drop(cls, keep_ratio: float = 0.5, seed: int = 0) -> LazyPrefill:
         """The paper's baseline: tokens dropped at random before the first layer, for good."""
-        return cls(((0.0, keep_ratio),), Random(seed), revive="never")
+        return cls(((0.0, keep_ratio),), Random(seed), near=0, revive="never")
 
     @classmethod
     def static_prune(cls, keep_ratio: float = 0.5, depth: float = 0.25) -> LazyPrefill:
         """The paper's baseline: pruned once, by the attention of the first layers, for good."""
-        return cls(((depth, keep_ratio),), LastToken(), revive="never")
+        return cls(((depth, keep_ratio),), LastToken(), near=0, revive="never")
 
     @classmethod
     def preset(cls, name: str) -> LazyPrefill:

@@ -156,6 +156,8 @@ class Engine:
             if reading is not None:
                 reading.num_entered = min(reading.end, len(request.session) + len(flight.token_ids)) - reading.start
                 reading.is_done = flight.has_last and reading.stage is None
+            elif rows is not None:
+                flight.settle(rows)
             if rows is None or flight.wants or (reading is not None and not reading.is_done):
                 runs.append((request, flight, list[int](), list[int]()))
                 continue
@@ -166,13 +168,14 @@ class Engine:
     def _commit(self, runs: Sequence[tuple[Request, Flight, list[int], list[int]]]) -> None:
         """Accepted rows stay in place, the rest is dropped; an answer ends at the very token that ends it."""
         for request, flight, tokens, nodes in runs:
-            request.wants = flight.wants
             if flight.wants:  # once more, with what the root turned out to need
+                request.wants = flight.wants
                 request.num_steps += 1
                 flight.undo()
                 continue
             told, reason = self._accept(request, tokens)
             kept = nodes[: max(0, len(told) - 1)]
+            request.wants = flight.wanted_next(request.draft.child(nodes, tokens)) if flight.num_drafts else {}
             request.session.commit(flight.entered_tokens(kept), flight.num_drafts, kept)
             if told:
                 request.sources = request.draft.sources_of(nodes, len(told))

@@ -10,7 +10,15 @@ from lazyahead.config import LazyPrefill, Lookahead
 from lazyahead.errors import UnsupportedModelError
 from lazyahead.hf.probe import examine
 from lazyahead.llm import LLM
-from lazyahead.prefill.schedule import Boundary, LayerShape, ahead_flops, boundaries, kept_by_layer, prefill_flops
+from lazyahead.prefill.schedule import (
+    Boundary,
+    LayerShape,
+    ahead_flops,
+    boundaries,
+    kept_by_layer,
+    near_layers,
+    prefill_flops,
+)
 
 REFERENCE = "balanced"
 """The preset whose cost the baselines share, where it is measured."""
@@ -69,9 +77,12 @@ class Cost:
 
     def flops(self, rule: LazyPrefill | None) -> float:
         """Of a prefill, attention and running ahead included."""
-        kept = self.kept(rule)
-        ahead = rule.scorer.ahead if rule is not None else 0.0
-        return prefill_flops(kept, self.shape) + ahead_flops(self.placed(rule), kept, self.shape, ahead)
+        kept, placed = self.kept(rule), self.placed(rule)
+        if rule is None:
+            return prefill_flops(kept, self.shape)
+        num_near = near_layers(placed, self.num_layers, rule.scorer.looks_from)
+        reading = prefill_flops(kept, self.shape, rule.near, num_near)
+        return reading + ahead_flops(placed, kept, self.shape, rule.scorer.ahead, rule.scorer.looks_from)
 
     def ideal_speedup(self, rule: LazyPrefill | None) -> float:
         """FLOPs of reading everything over those of `rule`."""
@@ -87,16 +98,23 @@ class Cost:
         return replace(twin, min_tokens=rule.min_tokens)
 
     def static_prune(self, rule: LazyPrefill) -> LazyPrefill:
-        """Pruned once, for good, where `rule` first defers; as many FLOPs as `rule`."""
-        layer = self.first_layer(rule)
-        ratio = self.keep_ratio(self.flops(rule), layer)
+        """Pruned once, for good, where `rule` first defers, or sooner where that alone costs more; as many FLOPs as
+        `rule`."""
+        flops = self.flops(rule)
+        layers = range(self.first_layer(rule), 0, -1)
+        layer = next((layer for layer in layers if self._pruned_once(1, layer) <= flops), 1)
+        ratio = self.keep_ratio(flops, layer)
         return replace(LazyPrefill.static_prune(ratio, layer / self.num_layers), min_tokens=rule.min_tokens)
+
+    def _pruned_once(self, count: int, layer: int) -> float:
+        """FLOPs where `count` tokens enter `layer`."""
+        return prefill_flops([self.num_tokens] * layer + [count] * (self.num_layers - layer), self.shape)
 
     def keep_ratio(self, flops: float, layer: int) -> float:
         """The ratio at which pruning once, at the entry to `layer`, costs `flops`; the nearest there is."""
 
         def at(count: int) -> float:
-            return prefill_flops([self.num_tokens] * layer + [count] * (self.num_layers - layer), self.shape)
+            return self._pruned_once(count, layer)
 
         counts = range(1, self.num_tokens + 1)
         above = min(bisect_left(counts, flops, key=at), self.num_tokens - 1)

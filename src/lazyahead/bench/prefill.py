@@ -15,11 +15,10 @@ import torch
 
 from lazyahead.bench.baseline import run_baseline
 from lazyahead.bench.memory import Peak, give_back, in_own_process, ratio, watched
+from lazyahead.bench.methods import Cost
 from lazyahead.bench.shapes import build_shape
 from lazyahead.config import LazyPrefill
-from lazyahead.hf.probe import examine
 from lazyahead.llm import LLM
-from lazyahead.prefill.schedule import prefill_flops
 from lazyahead.results import Piece
 from lazyahead.sampling import Sampling
 from lazyahead.session import Session
@@ -63,7 +62,7 @@ class PrefillRow:
     ttft_s: float
     speedup: float
     ideal_speedup: float
-    """FLOPs of the full prefill over FLOPs of the rows that were kept, attention included."""
+    """FLOPs of the full prefill over FLOPs of what is computed of it: the kept rows, their attention, running ahead."""
     efficiency: float
     """Speed-up over ideal speed-up."""
     keep_all_ratio: float
@@ -127,21 +126,20 @@ def _measure_length(
 ) -> PrefillRow:
     keep_all = LLM(llm.model, tokenizer=llm.tokenizer, prefill=None, decode=None)
     token_ids, rounds = random_prompt(llm, length + NUM_QUESTION), list[_Round]()
-    kept: tuple[int, ...] = ()
     computed = 1.0
     for run in range(runs + 1):
         progress(f"{length} tokens, round {run} of {runs}" if run else f"{length} tokens, warm-up")
         baseline = run_baseline(llm.model, token_ids[:length], SAMPLING)
         session = llm.session()
         ours, piece = _shoot(llm, token_ids[:length], session)
-        kept, computed = piece.stats.kept_by_layer, piece.stats.prompt_tokens_computed
+        computed = piece.stats.prompt_tokens_computed
         second, _ = _shoot(llm, [*session.history, *token_ids[length:]], session)
         whole, _ = _shoot(keep_all, token_ids[:length])
         rounds.append(_Round(_Shot(baseline.ttft_s, baseline.decode_s / NUM_STEPS), ours, whole, second.ttft_s))
     rounds = rounds[1:]
     baseline_ttft, ttft = (median(getattr(r, side).ttft_s for r in rounds) for side in ("baseline", "ours"))
     baseline_step, step = (median(getattr(r, side).step_s for r in rounds) for side in ("baseline", "ours"))
-    ideal = _ideal_speedup(llm, kept, length)
+    ideal = 1.0 if llm.prefill is None else Cost.of(llm, length).ideal_speedup(llm.prefill)
     return PrefillRow(
         length=length,
         baseline_ttft_s=baseline_ttft,
@@ -170,14 +168,6 @@ def _shoot(llm: LLM, token_ids: list[int], session: Session | None = None) -> tu
     """One prompt through our engine."""
     *_, last = llm.stream(token_ids, sampling=SAMPLING, session=session)
     return _Shot(last.stats.ttft_s, last.stats.decode_s / NUM_STEPS), last
-
-
-def _ideal_speedup(llm: LLM, kept: Sequence[int], length: int) -> float:
-    _, anatomy = examine(llm.model)
-    if anatomy is None or not kept:
-        return 1.0
-    shape = anatomy.layer_shape
-    return prefill_flops([length] * len(kept), shape) / prefill_flops(kept, shape)
 
 
 def _reviving_step_ratio(llm: LLM, token_ids: list[int], runs: int) -> float | None:

@@ -95,6 +95,11 @@ class Draft:
             node = self.parents[node]
         return nodes[::-1]
 
+    def child(self, nodes: Sequence[int], tokens: Sequence[int]) -> int | None:
+        """The node of the last of a walk's `tokens`, where the draft has one below the last of its `nodes`."""
+        children = self.children[nodes[-1] if nodes else ROOT]
+        return next((node for node in children if tokens and self.token_ids[node] == tokens[-1]), None)
+
     def sources_of(self, nodes: Sequence[int], num_tokens: int) -> tuple[Source | None, ...]:
         """Of the first `num_tokens` of a step's tokens, whose drafted ones are `nodes`; None: the model's own."""
         drafted = [self.sources[node] for node in nodes[:num_tokens]] if self.sources else []

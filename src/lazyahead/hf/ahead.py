@@ -59,17 +59,17 @@ class Detour:
 
 
 def run_ahead(
-    pass_: Pass, flight: Flight, still: Standing, running: Standing, cached: Sequence[LayerKV], layers: range
+    pass_: Pass, flight: Flight, stands: Sequence[Standing], running: Standing, cached: Sequence[LayerKV], layers: range
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Each of `layers` that sees everything, the attention (H, Q, N) that the `running` rows pay there, and the keys
-    (1, H_kv, N, D). The N tokens: those that the layer has `cached`, then the `still` ones, then the rows themselves
-    (rising positions, the last of the text).
+    (1, H_kv, N, D). The N tokens: those that the layer has `cached`, then those that stand still there (`stands`, one
+    for each layer), then the rows themselves (rising positions, the last of the text).
 
     A layer whose kind was not called yet in this pass is passed by.
     """
     here = pass_.layer
     try:
-        for layer in layers:
+        for layer, still in zip(layers, stands, strict=True):
             if not pass_.anatomy.attends_fully[layer] or not pass_.knows_call(layer):
                 continue
             pass_.layer, pass_.detour = layer, Detour(cached[layer])

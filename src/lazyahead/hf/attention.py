@@ -17,6 +17,10 @@ from lazyahead.hf.cache import LayerKV
 
 _FEW = 64
 """Up to this many rows, the query heads that share keys are folded into rows: no key is read twice."""
+_NUM_SINKS = 4
+"""First tokens of a text that every row sees: models pay them attention for nothing."""
+_NEAR_BLOCK = 256
+"""Rows per block where rows see only what is near: larger ones see more that is not."""
 _BLOCK = 512
 """Rows per block where a mask is needed, so that no mask is larger than (512, N)."""
 
@@ -35,6 +39,13 @@ class Heads(NamedTuple):
     """(H,) one logit per head that takes part in the softmax and leads nowhere."""
 
 
+class Near(NamedTuple):
+    """Rows before position `until` see only the `num_tokens` keys up to their own and the first few of the text."""
+
+    num_tokens: int
+    until: int
+
+
 class Rows(NamedTuple):
     """The query rows of one request at one layer."""
 
@@ -46,6 +57,8 @@ class Rows(NamedTuple):
     """(M, M) for the last M rows, which are drafts: [i, j] says that j is i or comes before it."""
     masks: dict[tuple[Heads, int], Tensor] | None = None
     """Masks that layers with the same rows and keys share, by heads and how often they repeat."""
+    near: Near | None = None
+    """Where rows see less than all; their positions then rise by one, and every earlier token has its key."""
 
 
 def attend(query: Tensor, kv: LayerKV, rows: Rows, heads: Heads) -> Tensor:
@@ -57,6 +70,8 @@ def attend(query: Tensor, kv: LayerKV, rows: Rows, heads: Heads) -> Tensor:
     whole = _sees_everything(rows, heads)
     if num_rows == 1 and whole and plain:
         return _fold(query, kv, None, heads)
+    if rows.near is not None and heads.window is None and heads.chunk is None:
+        return _attend_near(query, kv, rows, rows.near, heads)
     if num_rows == num_keys and rows.ancestors is None and whole and plain and num_rows > 1:
         grouped = query.shape[1] != kv.keys.shape[1]
         return scaled_dot_product_attention(
@@ -137,10 +152,46 @@ def _attend_block(query: Tensor, start: int, kv: LayerKV, rows: Rows, heads: Hea
     else:
         mask = _mask(rows, part, kv.positions[:seen], heads)
     if heads.softcap is not None or heads.sinks is not None:
-        weights = _weights(query, keys, mask, heads).to(values.dtype)
-        return (weights @ values).view(1, query.shape[1], num_rows, -1)
+        return _answer(query, keys, values, mask, heads)
     grouped = query.shape[1] != keys.shape[1]
     return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=heads.scaling, enable_gqa=grouped)
+
+
+def _attend_near(query: Tensor, kv: LayerKV, rows: Rows, near: Near, heads: Heads) -> Tensor:
+    """Block by block, each over the few keys it sees; the last rows over all. Slots stand by position here."""
+    num_rows, first = query.shape[2], rows.last + 1 - query.shape[2]
+    num_near, grouped = min(max(0, near.until - first), num_rows), query.shape[1] != kv.keys.shape[1]
+    blocks, start, mask = [], 0, None
+    while start < num_near:
+        size = min(near.num_tokens if first + start == 0 else _NEAR_BLOCK, num_near - start)
+        low, end = first + start + 1 - near.num_tokens, first + start + size
+        parts = (slice(0, end),) if low <= _NUM_SINKS else (slice(0, _NUM_SINKS), slice(low, end))
+        keys, values = (torch.cat([of[:, :, part] for part in parts], 2) for of in (kv.keys, kv.values))
+        if mask is None or len(parts) == 1 or mask.shape != (size, keys.shape[2]):  # further on all blocks look alike
+            queries, places = rows.positions[start : start + size, None], torch.cat([kv.positions[at] for at in parts])
+            mask = (places <= queries) & ((places > queries - near.num_tokens) | (places < _NUM_SINKS))
+            bias = query.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+        block = query[:, :, start : start + size]
+        if heads.softcap is not None or heads.sinks is not None:
+            blocks.append(_answer(block, keys, values, mask, heads))
+        else:
+            causal = end == size  # the first block, in which all is near
+            blocks.append(
+                scaled_dot_product_attention(
+                    *(block, keys, values), attn_mask=None if causal else bias, is_causal=causal, scale=heads.scaling,
+                    enable_gqa=grouped,
+                )
+            )  # fmt: skip
+        start += size
+    if start < num_rows:
+        blocks.append(_attend_block(query[:, :, start:], start, kv, rows, heads))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+
+
+def _answer(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, heads: Heads) -> Tensor:
+    """What no kernel computes: soft caps and sinks. (1, H, T, D) -> (1, H, T, D_v)."""
+    weights = _weights(query, keys, mask, heads).to(values.dtype)
+    return (weights @ values).view(1, query.shape[1], query.shape[2], -1)
 
 
 def _fold(query: Tensor, kv: LayerKV, bias: Tensor | None, heads: Heads) -> Tensor:

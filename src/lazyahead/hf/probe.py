@@ -182,7 +182,7 @@ class _Held:
         running = Standing(hidden, self.positions, self.entered)
         waiting = Standing(rows, positions, torch.full_like(positions, -1))
         layers = range(layer, pass_.anatomy.num_layers - 1)
-        foreseen = run_ahead(pass_, self, waiting, running, self._store, layers)
+        foreseen = run_ahead(pass_, self, [waiting] * len(layers), running, self._store, layers)
         if not all(bool(attention.isfinite().all()) for _, attention, _ in foreseen):
             raise Unfit("rows that run ahead attend to nothing")
         self.entered = torch.cat([torch.full_like(positions, -1), self.entered])

@@ -13,11 +13,11 @@ from torch import Tensor
 from lazyahead.hf.ahead import Standing
 from lazyahead.hf.attention import Heads, Rows, attend, attention_of
 from lazyahead.hf.rows import Pass
-from lazyahead.prefill.flight import InFlight
-from lazyahead.prefill.foresight import foresee, neighbours
+from lazyahead.prefill.flight import Glance, InFlight
+from lazyahead.prefill.foresight import foresee
 from lazyahead.prefill.reading import Reading, part_len
 from lazyahead.prefill.schedule import Boundary
-from lazyahead.prefill.select import best, demanded
+from lazyahead.prefill.select import around, best, demanded
 from lazyahead.prefill.stash import Stash
 
 
@@ -30,7 +30,8 @@ class Flight(InFlight):
             return query.new_zeros(1, query.shape[1], query.shape[2], values.shape[-1])
         kv = self.session.kv[layer]
         kv.append(keys, values, self.positions)
-        rows = Rows(self.positions, self.last, self._ancestors if self.num_drafts else None, self._masks)
+        ancestors, near = self._ancestors if self.num_drafts else None, self._near if layer < self._num_near else None
+        rows = Rows(self.positions, self.last, ancestors, self._masks, near)
         if self._asks_at(layer + 1):
             num_queries = min(self._num_queries, self.num_rows)
             self._scores = self._score(attention_of(query[:, :, -num_queries:], kv, rows, heads), kv.positions)
@@ -114,12 +115,7 @@ class Flight(InFlight):
         asking = query[:, :, -min(self._num_queries, self.num_rows) :]
         paid = attention_of(asking, kv, rows, heads, stash.keys[layer]).amax(0)[:, len(kv) :]  # (Q, E)
         hits = (paid > config.recall_threshold) & stash.is_live[: paid.shape[1]]
-        if self.num_drafts:
-            self.blocked |= hits[1:].any(-1)
-        if not self._brings and bool(hits[0].any()):
-            wanted = neighbours(paid[0], hits[0], stash, config.revive_limit, config.scorer.reach)
-            known = self.wants.get(boundary)
-            self.wants[boundary] = wanted if known is None else torch.unique(torch.cat([known, wanted]))
+        self._glances.append(Glance(boundary, paid, hits))
 
     def _below(self, layer: int) -> tuple[Tensor, Tensor]:
         """Positions (N,) of all tokens at the layer below, and the slots (T,) of the rows in flight among them."""
@@ -137,6 +133,8 @@ class Flight(InFlight):
         assert scores is not None
         waiting = self._waiting(stash, positions, row_slots)
         chosen = self._selected(boundary, scores[0], positions, waiting)
+        if self.reading is None and config.revive == "demand":
+            chosen[row_slots[self.entered < 0]] = True  # what an answer brought back goes on to the end
         left = waiting & ~chosen
         if self.num_drafts and config.revive == "percentile":
             for draft, row in enumerate(scores[1:]):
@@ -165,7 +163,10 @@ class Flight(InFlight):
             chosen = best(scores, pool, self._protected(positions, end), boundary.keep_count(end - ranked_from))
         if config.revive == "demand" and ranked_from > 0:
             limit = config.revive_limit * (reading.end - reading.start if reading else 1)
-            chosen |= demanded(scores, waiting & (positions < ranked_from), config.revive_threshold, limit)
+            hits = demanded(scores, waiting & (positions < ranked_from), config.revive_threshold, limit)
+            if reading is None:  # what stands around it is quoted next
+                hits = waiting & around(positions, positions[hits], config.scorer.reach)
+            chosen |= hits
         return chosen
 
     def _protected(self, positions: Tensor, end: int) -> Tensor:

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lazyahead.config import LazyPrefill
-from lazyahead.hf.attention import Heads
+from lazyahead.hf.attention import Heads, Near
 from lazyahead.hf.cache import Growing
 from lazyahead.prefill.reading import Reading
+from lazyahead.prefill.schedule import near_layers
+from lazyahead.prefill.select import neighbours
 from lazyahead.session import Session
+
+
+class Glance(NamedTuple):
+    """What the root and its drafts paid in one layer to tokens that wait at `boundary`."""
+
+    boundary: int
+    paid: Tensor
+    """(Q, E), the head that pays most."""
+    hits: Tensor
+    """(Q, E), whether that is enough to call the token back."""
 
 
 class InFlight:
@@ -55,13 +68,27 @@ class InFlight:
         self._scores: Tensor | None = None
         prunes = reading is not None and reading.prunes
         self._selective = config is not None and (prunes or (session.num_stashed > 0 and config.revive != "never"))
+        self._near, self._num_near = self._nearness() if prunes and config is not None else (None, 0)
         self.blocked = torch.zeros(self.num_drafts, dtype=torch.bool, device=device)
         """Drafts that would demand a revival: their own output is not to be used in this pass."""
         self._brings = brings
+        self._glances: list[Glance] = []
+        self._doubted = torch.zeros(1 + self.num_drafts, dtype=torch.bool, device=device)
         self.wants: dict[int, Tensor] = {}
         """Entries of stashes that the root needs and could not have: this pass is void, the next one brings them."""
         foretells = self._selective and reading is None and config is not None and config.revive == "demand"
         self._foretold = session.foretold if foretells else {}
+
+    def _nearness(self) -> tuple[Near | None, int]:
+        """Who attends only to what is near, and in how many layers."""
+        config, reading = self.config, self.reading
+        assert config is not None
+        assert reading is not None
+        placed, num_layers = list(self.session.boundaries.values()), self.session.num_layers
+        num_layers = near_layers(placed, num_layers, config.scorer.looks_from)
+        if not config.near or not num_layers:
+            return None, 0
+        return Near(config.near, reading.end - max(config.protect_last, config.scorer.queries)), num_layers
 
     @property
     def num_rows(self) -> int:
@@ -73,6 +100,37 @@ class InFlight:
         if self.reading is None:
             return range(len(self.token_ids))
         return [len(self.token_ids) - 1] if self.has_last or self._is_blank else []
+
+    def settle(self, logits: Tensor) -> None:
+        """The rows have spoken, (R, V). Of those that looked at waiting tokens, one in doubt of its token needs them:
+        the root has the pass repeated, a draft's own token is not to be used."""
+        if not self._glances:
+            return
+        assert self.config is not None
+        asking = torch.stack([glance.hits.any(-1) for glance in self._glances]).any(0)  # (Q,)
+        asking[0] &= not self._brings  # the root has been asked
+        if not bool(asking.any()):
+            return
+        self._doubted = asking & (logits.float().softmax(-1).amax(-1) < self.config.doubt_below)
+        if bool(self._doubted[0]):
+            self.wants = self._wanted_by(0)
+        self._doubted[1:] &= ~self.blocked  # those lack what they would have seen further up
+        self.blocked |= self._doubted[1:]
+
+    def wanted_next(self, draft: int | None) -> dict[int, Tensor]:
+        """What the pass that begins with this draft as its root will bring, known already."""
+        return {} if draft is None or not bool(self._doubted[1 + draft]) else self._wanted_by(1 + draft)
+
+    def _wanted_by(self, row: int) -> dict[int, Tensor]:
+        """Entries by boundary, neighbours included."""
+        assert self.config is not None
+        wanted: dict[int, list[Tensor]] = {}
+        for boundary, paid, hits in self._glances:
+            if bool(hits[row].any()):
+                stash, reach = self.session.stashes[boundary], self.config.scorer.reach
+                entries = neighbours(paid[row], hits[row], stash, self.config.revive_limit, reach)
+                wanted.setdefault(boundary, []).append(entries)
+        return {boundary: torch.unique(torch.cat(parts)) for boundary, parts in wanted.items()}
 
     def undo(self) -> bool:
         """The pass was broken off: takes it back, unless it was committed. Tells whether it was taken back."""

@@ -13,6 +13,8 @@ from lazyahead.prefill.score import Scorer
 from lazyahead.prefill.stash import Stash
 from lazyahead.session import Session
 
+_NUM_NEAR, _NUM_SINKS = 256, 4
+
 
 class Foreseen(NamedTuple):
     """What was seen ahead of a boundary, about the N tokens below it."""
@@ -40,7 +42,6 @@ def foresee(
     the boundary are seen as they stand there, those that the deeper layers have cached as they are.
     """
     num_below, slots = below
-    layers = range(layer, min(round(scorer.ahead * session.num_layers), session.num_layers - 1))
     num_still = max(0, rows.positions.numel() - scorer.queries)
     still, running = rows.slice(slice(num_still)), rows.slice(slice(num_still, None))
     stash = session.stashes[layer]
@@ -53,17 +54,21 @@ def foresee(
     places[slots] = torch.arange(slots.numel(), device=slots.device)
     peaks = rows.hidden.new_zeros(running.positions.numel(), num_below, dtype=torch.float32)
     keys: dict[int, Tensor] = {}
-    for deeper, attention, made in run_ahead(pass_, flight, still, running, session.kv, layers):
+    near = _near(still, int(running.positions[0]))
+    layers = range(layer, min(round(scorer.ahead * session.num_layers), session.num_layers - 1))
+    looks_from = round(scorer.looks_from * session.num_layers)
+    stands = [still if deeper >= looks_from else near for deeper in layers]
+    for deeper, attention, made in run_ahead(pass_, flight, stands, running, session.kv, layers):
+        if deeper < looks_from:
+            continue
         peak = attention.mean(0)[:, -slots.numel() :]  # cached tokens come first and need no choosing
         peaks[:, slots] = torch.maximum(peaks[:, slots], peak)
         keys[deeper] = made[:, :, -slots.numel() :]
     return Foreseen(peaks, places, keys)
 
 
-def neighbours(paid: Tensor, hits: Tensor, stash: Stash, limit: int, reach: int) -> Tensor:
-    """Entries to bring back for one row that pays (M,) and hits (M,) the first M of them: the `limit` best hits, and
-    who waits, of the M, within `reach` positions of one."""
-    best = paid.masked_fill(~hits, -torch.inf).sort(descending=True, stable=True).indices[: min(limit, int(hits.sum()))]
-    known = paid.numel()
-    distance = (stash.positions[:known, None] - stash.positions[best]).abs()  # (M, hits)
-    return ((distance <= reach).any(-1) & stash.is_live[:known]).nonzero()[:, 0]
+def _near(still: Standing, first: int) -> Standing:
+    """Of the tokens that stand still those that a row from position `first` on needs to know what it says: some before
+    it, and the first few, which every row pays something for nothing."""
+    near = (still.positions >= first - _NUM_NEAR) | (still.positions < _NUM_SINKS)
+    return Standing(*(field[near] for field in still))

@@ -58,15 +58,29 @@ class LayerShape(NamedTuple):
     """Those of the weights that make queries, keys and values."""
 
 
-def prefill_flops(counts: Sequence[int], shape: LayerShape) -> float:
-    """Floating-point operations of a prefill that computes `counts[l]` tokens at layer l, causal attention included."""
+def near_layers(placed: Sequence[Boundary], num_layers: int, looks_from: float) -> int:
+    """How many of the first layers may look only at what is near: those before the first cut, if there is one, and
+    before the depth from which scorers look far."""
+    cut = min((boundary.layer for boundary in placed if boundary.keep_ratio < 1), default=0)
+    return min(cut, round(looks_from * num_layers))
+
+
+def prefill_flops(counts: Sequence[int], shape: LayerShape, near: int = 0, num_near: int = 0) -> float:
+    """Floating-point operations of a prefill that computes `counts[l]` tokens at layer l, causal attention included.
+
+    In the first `num_near` layers a token attends to `near` tokens, if `near` is not 0.
+    """
     per_token = 2.0 * shape.num_weights
-    return sum(n * per_token + 2.0 * n * n * shape.attention_width for n in counts)
+    spans = [min(n, near) if near and layer < num_near else n for layer, n in enumerate(counts)]
+    pairs = [n * span - span * span / 2 for n, span in zip(counts, spans, strict=True)]
+    return sum(n * per_token + 4.0 * pair * shape.attention_width for n, pair in zip(counts, pairs, strict=True))
 
 
-def ahead_flops(placed: Sequence[Boundary], counts: Sequence[int], shape: LayerShape, ahead: float) -> float:
+def ahead_flops(
+    placed: Sequence[Boundary], counts: Sequence[int], shape: LayerShape, ahead: float, looks_from: float = 0.0
+) -> float:
     """What scorers that run ahead to the depth `ahead` add: queries, keys and values of all that stands at a boundary,
-    at each layer on the way. The few rows that run cost next to nothing."""
-    until = min(round(ahead * len(counts)), len(counts) - 1)
-    standing = sum(counts[at.layer - 1] * max(0, until - at.layer) for at in placed if at.layer)
+    at each layer on the way from `looks_from` on. The few rows that run cost next to nothing."""
+    until, first = min(round(ahead * len(counts)), len(counts) - 1), round(looks_from * len(counts))
+    standing = sum(counts[at.layer - 1] * max(0, until - max(first, at.layer)) for at in placed if at.keep_ratio < 1)
     return 2.0 * standing * shape.num_projected

@@ -28,6 +28,10 @@ class Scorer(Protocol):
         """Depth, as a fraction of the layers, up to which those rows run ahead of the prompt; 0: they do not."""
 
     @property
+    def looks_from(self) -> float:
+        """Depth from which they look at the whole prompt on their way; before it, at what is near."""
+
+    @property
     def reach(self) -> int:
         """How far from a token, by position, its neighbours matter with it."""
 
@@ -40,6 +44,10 @@ class _Alone:
 
     @property
     def ahead(self) -> float:
+        return 0.0
+
+    @property
+    def looks_from(self) -> float:
         return 0.0
 
     @property
@@ -68,11 +76,13 @@ class Window:
     With `ahead`, a fraction of the layers, these rows first run on to that depth while the rest of the prompt stands
     still: each layer's keys and values are made from the states that stand at the boundary. Models find things in
     their middle layers; this asks them there, and still cuts before them. What was seen that way is thrown away.
+    Before the depth `looks_from` these rows look only at what is near: what attention says there leads nowhere.
     """
 
     queries: int = 16
     pool: int = 7
     ahead: float = 0.0
+    looks_from: float = 0.0
 
     def __post_init__(self) -> None:
         if self.queries < 1:
@@ -81,6 +91,8 @@ class Window:
             raise ConfigError(f"Window pools over an odd number of neighbours, got pool={self.pool}")
         if not 0 <= self.ahead < 1:
             raise ConfigError(f"ahead must be in 0..1 (a fraction of the layers), got {self.ahead}")
+        if not 0 <= self.looks_from <= self.ahead:
+            raise ConfigError(f"looks_from must be in 0..ahead ({self.ahead}), got {self.looks_from}")
 
     @property
     def reach(self) -> int:
