@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyahead.draft.budget import Acceptance, RowCost, choose
+from lazyahead.draft.budget import Acceptance, Payback, RowCost, Step, choose
 from lazyahead.draft.tree import Draft, Source
 from lazyahead.errors import ConfigError
 
@@ -68,6 +68,26 @@ def test_more_nodes_than_max_nodes_never_pay(candidates, cost, other_rows):
         ordered = sorted(candidates, reverse=True)
         rates = [(1 + sum(ordered[:n])) / cost.seconds(1 + other_rows + n) for n in (limit, chosen)]
         assert rates[0] == pytest.approx(rates[1])
+
+
+@given(st.lists(probs, min_size=1, max_size=3), costs, st.integers(0, 5))
+def test_drafts_that_end_where_nothing_can_pay_bring_as_many_tokens_per_second(candidates, cost, other_rows):
+    step = Step(cost, len(candidates), other_rows)
+    ordered = [sorted(p, reverse=True) for p in candidates]
+    cut = [list(itertools.takewhile(Payback(step, len(p)).may_pay, p)) for p in ordered]
+
+    def rate(drafts):
+        counts = choose(drafts, cost, other_rows, min_gain=0.0)
+        expected = len(drafts) + sum(sum(p[:n]) for p, n in zip(drafts, counts, strict=True))
+        return expected / cost.seconds(len(drafts) + other_rows + sum(counts))
+
+    assert rate(cut) == pytest.approx(rate(ordered))
+
+
+def test_a_guess_that_cannot_pay_ends_a_draft_and_free_rows_never_do():
+    assert not Payback(Step(PER_ROW), 8).may_pay(0.9)
+    free = Payback(Step(FREE), 8)
+    assert all(free.may_pay(0.01) for _ in range(8))
 
 
 def test_nothing_is_taken_when_nothing_pays():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyahead.draft.budget import RowCost
+from lazyahead.draft.budget import RowCost, Step, choose
 from lazyahead.draft.drafter import NoDrafter, PromptLookupDrafter
 from lazyahead.draft.replay import replay
 from lazyahead.draft.tree import ROOT, Draft, Source
@@ -152,6 +152,27 @@ def test_prompts_of_any_length_are_fine(prompt):
     request.extend([0, 0, 1])
     assert len(request.propose(16)) <= 16
     request.stop()
+
+
+@given(texts, st.sampled_from([AMX, FP32]))
+def test_what_is_verified_is_the_same_where_guesses_that_cannot_pay_are_left_out(prompt, cost):
+    whole, cut = (TrieDrafter(8).start(prompt).propose(64, *step) for step in ((), (Step(cost),)))
+    assert len(cut) <= len(whole)
+    counts = [choose([draft.probs], cost)[0] for draft in (whole, cut)]
+    assert counts[0] == counts[1]
+    best = [draft.best(count) for draft, count in zip((whole, cut), counts, strict=True)]
+    assert list(best[0].probs) == pytest.approx(list(best[1].probs))
+    assert list(cut.token_ids)[:1] == list(whole.token_ids)[:1]  # the likeliest is judged also where it cannot pay
+
+
+@given(texts, st.lists(st.lists(st.integers(0, 3), max_size=6), max_size=8))
+def test_text_that_is_noted_first_and_read_later_is_guessed_from_alike(prompt, parts):
+    eager, late = TrieDrafter(8).start(prompt), TrieDrafter(8).start(prompt)
+    for part in parts:
+        eager.extend(part)
+        eager.propose(8)
+        late.extend(part)
+    assert eager.propose(32) == late.propose(32)
 
 
 def test_no_room_means_no_draft():

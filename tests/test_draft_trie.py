@@ -151,6 +151,16 @@ def test_memory_is_below_200_bytes_a_token():
         assert trie.nbytes / num_tokens < 200
 
 
+@pytest.mark.parametrize("most", [3, 40, 700])
+def test_a_trie_that_grows_loses_no_token(most):
+    trie, rng, text = TokenTrie(), random.Random(0), []
+    while len(text) < 3000:
+        added = [rng.randrange(50) for _ in range(rng.randrange(1, most))]
+        trie.extend(added)
+        text += added
+        assert list(held_text(trie).values()) == text
+
+
 def test_a_touched_sequence_stays_when_others_leave():
     trie = TokenTrie(capacity_bytes=SMALLEST)
     favourite, rng = [10**6 + i for i in range(40)], random.Random(0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lazyahead.config import LazyPrefill, Lookahead
-from lazyahead.draft.budget import RowCost, choose
+from lazyahead.draft.budget import RowCost, Step, choose
 from lazyahead.draft.drafter import Drafter, NoDrafter
 from lazyahead.draft.tree import Draft
 from lazyahead.draft.verify import walk
@@ -185,24 +185,27 @@ class Engine:
 
     def _propose(self, writing: Sequence[Request], num_reading: int) -> None:
         """Each request's draft, cut to the nodes that raise expected tokens per second in the common pass."""
-        if self.decode is None:
+        if self.decode is None or not writing:
             return
+        others = num_reading + sum(request.num_reviving for request in writing)
+        num_context, limit = sum(len(request.session) for request in writing), self.decode.decoding_length
+        cost = self._row_cost
+        steps = [Step(cost, len(writing), others, num_context // len(writing))] if cost is not None else []
         for request in writing:
             request.proposed = Draft.EMPTY
             room = request.max_new_tokens - len(request.answer) - 1
             start = len(request.session)
-            steady = self.runner.may_draft(start, start + min(room, self.decode.decoding_length))
+            steady = self.runner.may_draft(start, start + min(room, limit))
             if request.drafts is not None and room > 0 and steady:
-                request.proposed = request.drafts.propose(self.decode.decoding_length).within(room)
+                request.proposed = request.drafts.propose(limit, *steps).within(room)
             request.draft = request.proposed
-        judged = [request for request in writing if request.proposed.probs]
-        if judged and self._measure_rows is not None:
-            self._row_cost = self._row_cost or self._measure_rows()
-            others = len(writing) - len(judged) + num_reading + sum(request.num_reviving for request in writing)
-            cost = self._row_cost.at(sum(len(request.session) for request in writing) // len(writing))
-            counts = choose([request.proposed.probs for request in judged], cost, others)
-            for request, count in zip(judged, counts, strict=True):
-                request.draft = request.proposed.best(count)
+        if self._measure_rows is not None and any(request.proposed.probs for request in writing):
+            self._row_cost = cost = cost or self._measure_rows()
+            at_hand = cost.at(num_context // len(writing))
+            counts = choose([request.proposed.probs for request in writing], at_hand, others)
+            for request, count in zip(writing, counts, strict=True):
+                if request.proposed.probs:
+                    request.draft = request.proposed.best(count)
 
     def _write(self, request: Request) -> Flight:
         draft = request.draft

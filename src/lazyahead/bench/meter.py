@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lazyahead.draft.budget import RowCost
+from lazyahead.draft.budget import RowCost, Step
 from lazyahead.draft.drafter import DraftRequest
 from lazyahead.draft.tree import Draft, Source
 from lazyahead.llm import LLM
@@ -122,9 +122,9 @@ class _Request:
         with self._timed():
             self._inner.extend(tokens, source)
 
-    def propose(self, max_nodes: int) -> Draft:
+    def propose(self, max_nodes: int, step: Step | None = None) -> Draft:
         with self._timed():
-            return self._inner.propose(max_nodes)
+            return self._inner.propose(max_nodes, step)
 
     def feedback(self, draft: Draft, tokens: Sequence[int]) -> None:
         with self._timed():

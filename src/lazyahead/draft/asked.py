@@ -1,7 +1,6 @@
 """Answers name things in the order in which they were asked for: a pointer into the end of the prompt."""
 
 from collections.abc import Callable, Sequence
-from copy import copy
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -53,6 +52,10 @@ class Pointer:
         self._places: dict[int, list[int]] = {}  # token -> where it stands
         for place, token in enumerate(self._tail):
             self._places.setdefault(token, []).append(place)
+        self._spelled: dict[str, list[int]] = {}  # spelling -> the places behind what is spelled so
+        if spell is not None:
+            for place, token in enumerate(self._tail, 1):
+                self._spelled.setdefault(spell(token), []).append(place)
         self._runs: dict[int, int] = {}  # place behind a match that is going on -> its length
         self._written: list[int] = []
         self._end = -1  # behind the last quote; -1: there was none
@@ -65,32 +68,38 @@ class Pointer:
 
     def extend(self, tokens: Sequence[int]) -> None:
         """The answer goes on."""
+        written, tail, places = self._written, self._tail, self._places
         for token in tokens:
-            self._follow(token)
-            self._measure(token)
+            written.append(token)
+            place = self._place
+            if place is not None and place < len(tail) and tail[place] == token:
+                self._place = place + 1
+            elif self._end < 0:
+                self._place = self._behind(token) if len(written) <= _NUM_EARLY else None
+            else:
+                self._place = self._end + self._gap if token == self.lead[-1] else None
+            if token in places:
+                self._measure(places[token])
+            else:
+                self._runs, self._is_quoting = {}, False
 
-    def _follow(self, token: int) -> None:
-        """Where the next token would stand, were what is asked next quoted now."""
-        self._written.append(token)
-        place = self._place
-        if place is not None and place < len(self._tail) and self._tail[place] == token:
-            self._place = place + 1
-        elif self._end < 0:
-            self._place = self._spelled(token)
-        else:
-            self._place = self._end + self._gap if token == self.lead[-1] else None
-
-    def _measure(self, token: int) -> None:
-        """Where the last quote ends, and what led to it."""
-        runs = self._runs
-        self._runs = {place + 1: runs.get(place, 0) + 1 for place in self._places.get(token, ())}
-        length = max(self._runs.values(), default=0)
+    def _measure(self, places: Sequence[int]) -> None:
+        """Where the last quote ends, and what led to it; the last token stands at these places."""
+        runs, now, length = self._runs, dict[int, int](), 0
+        for place in places:
+            now[place + 1] = run = runs.get(place, 0) + 1
+            length = max(length, run)
+        self._runs = now
         if length < _SURE:
             self._is_quoting = False
             return
+        if self._is_quoting and now.get(self._end + 1) == length and runs.get(self._end) == length - 1:
+            self._end += 1  # the quote goes on
+            return
         before = self._end_before if self._is_quoting else self._end
-        ends = [end for end, run in self._runs.items() if run == length and (end - length >= before or run >= _SURER)]
-        lead = self._written[: len(self._written) - length][-_LEAD:]
+        ends = [end for end, run in now.items() if run == length and (end - length >= before or run >= _SURER)]
+        begin = len(self._written) - length
+        lead = self._written[max(0, begin - _LEAD) : begin]
         if not ends or not lead:
             return
         if not self._is_quoting:
@@ -104,8 +113,7 @@ class Pointer:
     def next(self, path: Sequence[int], num_tokens: int) -> Next | None:
         """What the answer may go on with behind the guesses `path`, where the last token announces a quote."""
         if path:
-            ahead = copy(self)
-            ahead._written = self._written[-len(self._tail) :]
+            ahead = self._copy()
             ahead.extend(path)
             return ahead.next((), num_tokens)
         token, num_tail, rest = self._written[-1], len(self._tail), list[int]()
@@ -116,10 +124,14 @@ class Pointer:
             return None
         return Next([*rest, *self._tail[place : place + num_tokens]], place - len(rest) - num_tail, self._end < 0)
 
-    def _spelled(self, token: int) -> int | None:
+    def _behind(self, token: int) -> int | None:
         """The last place behind another token that is spelled the same."""
-        if self._spell is None or len(self._written) > _NUM_EARLY:
-            return None
-        text, spell = self._spell(token), self._spell
-        places = range(len(self._tail), 0, -1)
-        return next((p for p in places if self._tail[p - 1] != token and spell(self._tail[p - 1]) == text), None)
+        places = self._spelled.get(self._spell(token), ()) if self._spell is not None else ()
+        return next((place for place in reversed(places) if self._tail[place - 1] != token), None)
+
+    def _copy(self) -> "Pointer":
+        """One that can go ahead: what is written into is its own."""
+        ahead = Pointer.__new__(Pointer)
+        ahead.__dict__.update(self.__dict__)
+        ahead._written = self._written[-len(self._tail) :]
+        return ahead

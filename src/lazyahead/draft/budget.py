@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import pow
+from typing import NamedTuple
 
 from lazyahead.draft.tree import ROOT, Draft, Source
 from lazyahead.errors import ConfigError
@@ -77,12 +78,26 @@ class RowCost:
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"not a row cost: {text[:80]!r}") from error
 
+    def tables(self, rows: int) -> tuple[Sequence[float], Sequence[float]]:
+        """By rows, up to so many or more: the seconds of a step, and the fewest that any row from there on adds."""
+        if len(self._least) <= rows:
+            last = max(rows, self.points[-1][0])  # from where on all rows add the same
+            least = [self.seconds(last + 1) - self.seconds(last)]
+            for n in range(last - 1, -1, -1):
+                least.append(min(least[-1], self.seconds(n + 1) - self.seconds(n)))
+            self._least[:] = least[::-1]
+        return self._table, self._least
+
     @cached_property
     def _by_context(self) -> dict[int, "RowCost"]:
         return {}
 
     @cached_property
     def _table(self) -> list[float]:
+        return []
+
+    @cached_property
+    def _least(self) -> list[float]:
         return []
 
     def _interpolate(self, rows: int) -> float:
@@ -120,6 +135,43 @@ def choose(
     return best_counts
 
 
+class Step(NamedTuple):
+    """The step that a draft is for: of `num_requests`, with `other_rows` as in `choose`, over this much context."""
+
+    row_cost: RowCost
+    num_requests: int = 1
+    other_rows: int = 0
+    num_context: int = 0
+
+    @property
+    def cost(self) -> RowCost:
+        return self.row_cost.at(self.num_context)
+
+
+class Payback:
+    """Tells while a draft grows when no further node can pay, so that what `choose` would not take is not grown.
+
+    Ask once a node, likeliest first. It holds whatever the step's other requests draft: each has at least its root row,
+    and more rows or more tokens only ask more of a node.
+    """
+
+    def __init__(self, step: Step, max_nodes: int) -> None:
+        self._rows, self._expected = step.num_requests + step.other_rows, float(step.num_requests)
+        self._seconds, self._least = step.cost.tables(self._rows + max_nodes)
+        self._best_rate = self._expected / self._seconds[self._rows]
+
+    def may_pay(self, prob: float) -> bool:
+        """Whether a node of this probability, or any after it, may raise tokens per second; it is taken if so."""
+        rows = self._rows
+        if prob <= self._best_rate * self._least[rows]:
+            return False
+        self._rows = rows = rows + 1
+        self._expected = expected = self._expected + prob
+        rate = expected / self._seconds[rows]
+        self._best_rate = max(self._best_rate, rate)
+        return True
+
+
 MAX_DEPTH = 256
 """No draft is deeper."""
 
@@ -129,14 +181,36 @@ _LENGTH_CLASS = [bisect(_LENGTHS, length) - 1 for length in range(_LENGTHS[-1] +
 DEPTH_CLASS = [bisect(_DEPTHS, depth) - 1 for depth in range(MAX_DEPTH + 1)]
 
 
-def length_class(match_len: int) -> int:
-    """Matches are as trustworthy as those of 1, 2, 4, 8 or 16 tokens, whichever is next below: class 0 to 4."""
-    return _LENGTH_CLASS[min(match_len, _LENGTHS[-1])]
-
-
 def _prior(match_len: int, depth: int) -> float:
     """Longer agreement makes the next guess surer, and so does every level that was right."""
     return 1.0 - 0.7 / pow(match_len + depth - 1, 0.7)
+
+
+class Kind:
+    """How often guesses of one source and match length class are right once all above them are, by depth class."""
+
+    __slots__ = ("_judged", "_right", "_shorter", "length", "rates")
+
+    def __init__(self, length: int, prior_weight: float, shorter: Sequence["Kind"]) -> None:
+        priors = [_prior(_LENGTHS[length], depth) for depth in _DEPTHS]
+        self.length = length
+        self.rates = priors  # [DEPTH_CLASS[depth]] -> chance, between 0.001 and 0.995; depth 1 follows the last token
+        self._right = [prior_weight * prior for prior in priors]
+        self._judged = [prior_weight] * len(priors)
+        self._shorter = tuple(shorter)  # of the same source
+
+    def trust(self) -> tuple[float, int]:
+        """By which kinds are ranked: of one source, a longer match is never trusted less."""
+        best = self.rates[0]
+        for kind in self._shorter:
+            best = max(best, kind.rates[0])
+        return best, self.length
+
+    def count(self, depth: int, is_right: bool, decay: float) -> None:
+        step, rates = DEPTH_CLASS[depth], self.rates
+        self._judged[step] = judged = self._judged[step] * decay + 1.0
+        self._right[step] = right = self._right[step] * decay + is_right
+        rates[step] = min(max(right / judged, 0.001), 0.995)
 
 
 @dataclass
@@ -151,21 +225,22 @@ class Acceptance:
     prior_weight: float = 4.0
 
     def __post_init__(self) -> None:
-        def table(scale: float) -> list[list[list[float]]]:  # [source][length class][depth class]
-            return [[[scale * _prior(length, depth) for depth in _DEPTHS] for length in _LENGTHS] for _ in Source]
+        self._kinds: list[list[Kind]] = []  # [source][match length, the longest together]
+        for _ in Source:
+            kinds: list[Kind] = []
+            for length in range(len(_LENGTHS)):
+                kinds.append(Kind(length, self.prior_weight, kinds))
+            self._kinds.append([kinds[length] for length in _LENGTH_CLASS])
 
-        self._rates = table(1.0)
-        self._right = table(self.prior_weight)
-        self._judged = [[[self.prior_weight for _ in _DEPTHS] for _ in _LENGTHS] for _ in Source]
+    def kind(self, source: Source, match_len: int) -> Kind:
+        """Matches are as trustworthy as those of 1, 2, 4, 8 or 16 tokens, whichever is next below."""
+        return self._kinds[source][match_len if match_len < _LENGTHS[-1] else _LENGTHS[-1]]
 
     def rates(self, source: Source, match_len: int) -> list[float]:
-        """[DEPTH_CLASS[depth]] -> chance, between 0.001 and 0.995; depth 1 is right after the last token."""
-        return self._rates[source][length_class(match_len)]
+        return self.kind(source, match_len).rates
 
     def trust(self, source: Source, match_len: int) -> tuple[float, int]:
-        """By which kinds of guesses are ranked: of one source, a longer match is never trusted less."""
-        length = length_class(match_len)
-        return max(rates[0] for rates in self._rates[source][: length + 1]), length
+        return self.kind(source, match_len).trust()
 
     def learn(self, draft: Draft, tokens: Sequence[int]) -> None:
         """Judge a draft (with sources, match lengths and probabilities) by the tokens that came.
@@ -174,24 +249,22 @@ class Acceptance:
         when it does again. Guesses of one kind at one place are one judgement, right where one of them is; kinds are
         judged most trusted first, and none that is less trusted than the one that was right.
         """
+        parents, token_ids = draft.parents, draft.token_ids
         node: int | None = ROOT
-        depth = 0
-        while node is not None and depth < len(tokens):
-            kinds: dict[tuple[Source, int], int | None] = {}  # the child that was right
-            for child in draft.children[node]:
-                kind = draft.sources[child], _LENGTHS[length_class(draft.match_lens[child])]
-                kinds.setdefault(kind, None)
-                if draft.token_ids[child] == tokens[depth]:
-                    kinds[kind] = child
-            node, depth = None, depth + 1
-            for source, match_len in sorted(kinds, key=lambda kind: self.trust(*kind), reverse=True):
-                node = kinds[source, match_len]
-                self._count(source, length_class(match_len), DEPTH_CLASS[depth], node is not None)
+        for depth, token in enumerate(tokens, 1):
+            kinds: dict[Kind, int | None] = {}  # the child that was right
+            for child, parent in enumerate(parents):
+                if parent == node:
+                    kind = self.kind(draft.sources[child], draft.match_lens[child])
+                    if token_ids[child] == token:
+                        kinds[kind] = child
+                    elif kind not in kinds:
+                        kinds[kind] = None
+            node = None
+            for kind in sorted(kinds, key=Kind.trust, reverse=True) if len(kinds) > 1 else kinds:
+                node = kinds[kind]
+                kind.count(depth, node is not None, self.decay)
                 if node is not None:
                     break
-
-    def _count(self, source: Source, length: int, depth: int, is_right: bool) -> None:
-        rates, judged, right = self._rates[source][length], self._judged[source][length], self._right[source][length]
-        judged[depth] = judged[depth] * self.decay + 1.0
-        right[depth] = right[depth] * self.decay + is_right
-        rates[depth] = min(max(right[depth] / judged[depth], 0.001), 0.995)
+            if node is None:
+                return

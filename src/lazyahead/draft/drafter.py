@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from lazyahead.draft.budget import Step
 from lazyahead.draft.tree import Draft, Source
 from lazyahead.errors import ConfigError
 
@@ -26,8 +27,9 @@ class DraftRequest(Protocol):
     def extend(self, tokens: Sequence[int], source: Source = Source.OUTPUT) -> None:
         """The text has grown: a part of the prompt, or what the model has written."""
 
-    def propose(self, max_nodes: int) -> Draft:
-        """Guess what follows the last token, in at most `max_nodes` nodes; `Draft.EMPTY` for no guess."""
+    def propose(self, max_nodes: int, step: Step | None = None) -> Draft:
+        """Guess what follows the last token, in at most `max_nodes` nodes; `Draft.EMPTY` for no guess. Guesses that
+        cannot pay in the `step` may be left out."""
 
     def feedback(self, draft: Draft, tokens: Sequence[int]) -> None:
         """The text went on with `tokens` where `draft` (as proposed, verified in full, in part or not) was guessed."""
@@ -54,7 +56,7 @@ class _NoRequest:
     def extend(self, tokens: Sequence[int], source: Source = Source.OUTPUT) -> None:
         pass
 
-    def propose(self, max_nodes: int) -> Draft:
+    def propose(self, max_nodes: int, step: Step | None = None) -> Draft:
         return Draft.EMPTY
 
     def feedback(self, draft: Draft, tokens: Sequence[int]) -> None:
@@ -92,7 +94,7 @@ class _PromptLookupRequest(_NoRequest):
                 self.first.setdefault(tuple(self.text[-n:]), len(self.text))
             self.text.append(token)
 
-    def propose(self, max_nodes: int) -> Draft:
+    def propose(self, max_nodes: int, step: Step | None = None) -> Draft:
         for n in range(min(self.drafter.max_ngram, len(self.text) - 1), 0, -1):
             found = self.first.get(tuple(self.text[-n:]))
             if found is not None:

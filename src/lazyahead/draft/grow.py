@@ -2,10 +2,9 @@
 
 from collections.abc import Collection, Sequence
 from heapq import heappop, heappush
-from itertools import groupby
 from typing import Literal, Protocol
 
-from lazyahead.draft.budget import DEPTH_CLASS, MAX_DEPTH, Acceptance, length_class
+from lazyahead.draft.budget import DEPTH_CLASS, MAX_DEPTH, Acceptance, Kind, Payback, Step
 from lazyahead.draft.tree import ROOT, Draft, Source
 
 Mode = Literal["hierarchical", "parallel", "single"]
@@ -14,6 +13,7 @@ MIN_PROB = 0.02
 """A node less likely than this is not worth its row."""
 REMATCH_PROB = 0.1
 """A node less likely than this is not worth a lookup of its own."""
+_QUOTE_LEN = 3  # tokens of what was asked that may lead on to something else
 _SURE_LEN = 6  # tokens that agree before a branch ends a quote of what was asked
 
 
@@ -36,7 +36,9 @@ class Finder(Protocol):
 class Branch:
     """What once followed a suffix of the text at hand, or of the text and guesses; `weight` is its vote."""
 
-    __slots__ = ("depth", "match_len", "position", "rates", "source", "tokens", "trust", "weight")
+    __slots__ = ("depth", "kind", "match_len", "position", "source", "tokens", "weight")
+    kind: Kind
+    weight: float
 
     def __init__(self, tokens: list[int], source: Source, match_len: int, position: int = -1, depth: int = 0) -> None:
         self.tokens = tokens
@@ -44,9 +46,6 @@ class Branch:
         self.match_len = match_len
         self.position = position  # of the first token, where the branch was read
         self.depth = depth  # of the node that its first token follows
-        self.weight = 0.0
-        self.rates: list[float] = []  # of acceptance, by depth class
-        self.trust = (0.0, 0)
 
 
 def grow(
@@ -57,16 +56,21 @@ def grow(
     decay: float,
     finder: Finder | None = None,
     max_depth: int = MAX_DEPTH,
+    step: Step | None = None,
 ) -> Draft:
     """The at most `max_nodes` likeliest nodes of the trie that the branches (newest first) span.
 
     "hierarchical" merges equal prefixes, "single" keeps the likeliest branch alone, and "parallel" gives each branch
     its own nodes: the three drafts that the paper compares (arXiv 2312.12728, section 3.2). A likely node is looked up
     in its turn (`finder`), as if it had been written: what follows there joins the branches through it.
+
+    With a `step` no node is followed from where none can pay any more. What was to come next is in the draft all the
+    same: it is not verified, but whether it was right is learned.
     """
     ranked = _weigh(branches, acceptance, decay)
     if mode == "parallel":
         return _depth_first(_side_by_side(ranked, max_nodes))
+    payback = Payback(step, max_nodes) if step is not None else None
     heap: list[_Node] = []
     nodes: list[_Node] = []
     num_seen, announced = 0, () if finder is None else finder.announced
@@ -82,19 +86,35 @@ def grow(
             if not heap:
                 break
             node = heappop(heap)
+        if payback is not None and not payback.may_pay(-node[0]):
+            nodes += sorted([node, *heap])[: max_nodes - len(nodes)]
+            break
         nodes.append(node)
         num_seen += len(ranked)
         minus_prob, _, _, depth, token, through = node
         if finder is not None and -minus_prob > REMATCH_PROB:
-            lead = through[0]  # what was asked is quoted up to some point, and branches end
-            is_open = lead.source is Source.ASKED or depth - lead.depth >= len(lead.tokens)
+            is_open = _is_open(through, depth)
             if is_open or token in announced:
-                through = _joined(through, finder.find(_path(nodes), is_open), depth, acceptance, decay)
-                num_seen += len(through)
-            if through[0].source is Source.ASKED:
+                found = finder.find(_path(nodes), is_open)
+                if found:
+                    through = _joined(through, found, depth, acceptance, decay)
+                    num_seen += len(through)
+            if len(through) > 1 and through[0].source is Source.ASKED:
                 through = _turned(through, depth)
         children = _children(through, len(nodes) - 1, -minus_prob, depth + 1, num_seen) if depth < max_depth else []
     return _depth_first(nodes)
+
+
+def _is_open(through: list[Branch], depth: int) -> bool:
+    """Whether something else than the branches through a node may follow it: where the most trusted one ends, and where
+    it quotes what was asked, which goes on up to some point only. What was found there once is not looked for again.
+    """
+    lead = through[0]
+    if lead.source is not Source.ASKED:
+        return depth - lead.depth >= len(lead.tokens)
+    if depth - lead.depth < _QUOTE_LEN:
+        return False
+    return not any(branch.depth > lead.depth and depth - branch.depth < len(branch.tokens) for branch in through)
 
 
 def _path(nodes: Sequence[_Node]) -> list[int]:
@@ -115,7 +135,11 @@ def _joined(
     new = [branch for branch in found if branch.position - branch.depth not in known]
     if not new:
         return through
-    return sorted([*_weigh(new, acceptance, decay), *alive], key=lambda branch: branch.trust, reverse=True)
+    return sorted([*_weigh(new, acceptance, decay), *alive], key=_trust, reverse=True)
+
+
+def _trust(branch: Branch) -> tuple[float, int]:
+    return branch.kind.trust()
 
 
 def _turned(through: list[Branch], depth: int) -> list[Branch]:
@@ -140,16 +164,19 @@ def _weigh(branches: Sequence[Branch], acceptance: Acceptance, decay: float) -> 
     decide within a voter, as in the paper's trie, trust decides between voters, and no number of remembered answers
     can crowd out the text at hand.
     """
-    voters: dict[tuple[Source, int], list[Branch]] = {}
+    voters: dict[Kind, list[Branch]] = {}
     for branch in branches:
-        voters.setdefault((branch.source, length_class(branch.match_len)), []).append(branch)
-    for voter in voters.values():
-        source, match_len = voter[0].source, voter[0].match_len
-        rates, trust = acceptance.rates(source, match_len), acceptance.trust(source, match_len)
-        for age, branch in enumerate(voter):
-            branch.weight, branch.rates, branch.trust = decay**age, rates, trust
-    ranked = sorted(voters.values(), key=lambda voter: voter[0].trust, reverse=True)
-    return [branch for voter in ranked for branch in voter]
+        branch.kind = kind = acceptance.kind(branch.source, branch.match_len)
+        if kind in voters:
+            branch.weight = decay ** len(voters[kind])
+            voters[kind].append(branch)
+        else:
+            branch.weight = 1.0
+            voters[kind] = [branch]
+    ranked: list[Branch] = []
+    for kind in sorted(voters, key=Kind.trust, reverse=True) if len(voters) > 1 else voters:
+        ranked += voters[kind]
+    return ranked
 
 
 def _children(branches: list[Branch], parent: int, prob: float, depth: int, number: int) -> list[_Node]:
@@ -160,21 +187,18 @@ def _children(branches: list[Branch], parent: int, prob: float, depth: int, numb
     step = DEPTH_CLASS[depth]
     if len(branches) == 1:  # the common case deep down
         lead = branches[0]
-        prob *= lead.rates[step]
+        prob *= lead.kind.rates[step]
         if depth - lead.depth > len(lead.tokens) or prob < MIN_PROB:
             return []
         return [(-prob, number, parent, depth, lead.tokens[depth - lead.depth - 1], branches)]
     followers: dict[int, list[Branch]] = {}
     chances: dict[int, float] = {}
-    alive = [(branch, depth - branch.depth - 1) for branch in branches]
-    alive = [(branch, place) for branch, place in alive if place < len(branch.tokens)]
-    for _, voter in groupby(alive, key=_voter):
-        votes = list(voter)
-        rates = votes[0][0].rates
-        share = prob * rates[step] / sum(branch.weight for branch, _ in votes)
-        prob *= 1.0 - rates[step]
-        for branch, place in votes:
-            token = branch.tokens[place]
+    for votes in _voters(branches, depth - 1):
+        rate = votes[0].kind.rates[step]
+        share = prob * rate / sum([branch.weight for branch in votes])
+        prob *= 1.0 - rate
+        for branch in votes:
+            token = branch.tokens[depth - 1 - branch.depth]
             if token in chances:
                 followers[token].append(branch)
                 chances[token] += share * branch.weight
@@ -185,12 +209,23 @@ def _children(branches: list[Branch], parent: int, prob: float, depth: int, numb
     for token, chance in chances.items():
         if chance >= MIN_PROB:
             nodes.append((-chance, number + len(nodes), parent, depth, token, followers[token]))
-    nodes.sort()
+    if len(nodes) > 1:
+        nodes.sort()
     return nodes
 
 
-def _voter(vote: tuple[Branch, int]) -> int:
-    return id(vote[0].rates)  # one list for each source and length class
+def _voters(branches: list[Branch], depth: int) -> list[list[Branch]]:
+    """The branches that go on behind this depth, those of one kind together."""
+    voters: list[list[Branch]] = []
+    kind: Kind | None = None
+    for branch in branches:
+        if depth - branch.depth < len(branch.tokens):
+            if branch.kind is kind:
+                voters[-1].append(branch)
+            else:
+                voters.append([branch])
+                kind = branch.kind
+    return voters
 
 
 def _side_by_side(branches: Sequence[Branch], max_nodes: int) -> list[_Node]:
@@ -198,7 +233,7 @@ def _side_by_side(branches: Sequence[Branch], max_nodes: int) -> list[_Node]:
     for branch in branches:
         parent, prob = ROOT, 1.0
         for depth, token in enumerate(branch.tokens, 1):
-            prob *= branch.rates[DEPTH_CLASS[depth]]
+            prob *= branch.kind.rates[DEPTH_CLASS[depth]]
             if len(nodes) == max_nodes or prob < MIN_PROB:
                 break
             nodes.append((-prob, len(nodes), parent, depth, token, [branch]))
@@ -224,4 +259,4 @@ def _depth_first(nodes: Sequence[_Node]) -> Draft:
         parents[place] = placed[parent]
         token_ids[place], probs[place] = token, -minus_prob
         sources[place], match_lens[place] = through[0].source, through[0].match_len
-    return Draft(token_ids, parents, sources, match_lens, probs)
+    return Draft.unchecked(token_ids, parents, sources, match_lens, probs)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from time import thread_time
 
-from lazyahead.draft.budget import RowCost, choose
+from lazyahead.draft.budget import RowCost, Step, choose
 from lazyahead.draft.drafter import Drafter, DraftRequest
 from lazyahead.draft.tree import Draft, Source
 from lazyahead.draft.verify import Walk, walk
@@ -99,7 +99,7 @@ def replay(
 
 
 def _step(request: DraftRequest, answer: Sequence[int], done: int, cost: RowCost, max_nodes: int) -> tuple[Draft, Walk]:
-    draft = request.propose(min(max_nodes, len(answer) - done))
+    draft = request.propose(min(max_nodes, len(answer) - done), Step(cost))
     verified = draft.best(choose([draft.probs or [1.0] * len(draft)], cost)[0])
     last = len(answer) - 1
     step = walk(verified, lambda _, tokens: answer[min(done + len(tokens), last)])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from operator import lt
 from typing import ClassVar, Self
 
 import numpy as np
@@ -48,14 +49,28 @@ class Draft:
         n = len(self.token_ids)
         if len(self.parents) != n:
             raise ValueError(f"{n} token_ids but {len(self.parents)} parents")
-        for name in ("sources", "match_lens", "probs"):
-            if len(getattr(self, name)) not in (0, n):
-                raise ValueError(f"{n} token_ids but {len(getattr(self, name))} {name}")
-        for i, parent in enumerate(self.parents):
-            if not ROOT <= parent < i:
-                raise ValueError(f"parent {parent} of node {i} is not -1 or an earlier node")
+        for name, values in (("sources", self.sources), ("match_lens", self.match_lens), ("probs", self.probs)):
+            if values and len(values) != n:
+                raise ValueError(f"{n} token_ids but {len(values)} {name}")
+        if n and (min(self.parents) < ROOT or not all(map(lt, self.parents, range(n)))):
+            i = next(i for i, parent in enumerate(self.parents) if not ROOT <= parent < i)
+            raise ValueError(f"parent {self.parents[i]} of node {i} is not -1 or an earlier node")
         if n and min(self.token_ids) < 0:
             raise ValueError(f"token id {min(self.token_ids)} is negative")
+
+    @classmethod
+    def unchecked(
+        cls,
+        token_ids: Sequence[int],
+        parents: Sequence[int],
+        sources: Sequence[Source],
+        match_lens: Sequence[int],
+        probs: Sequence[float],
+    ) -> Self:
+        """A draft that is a forest by the way it was made: a decoding step has no time to look again."""
+        draft = object.__new__(cls)
+        draft.__dict__.update(token_ids=token_ids, parents=parents, sources=sources, match_lens=match_lens, probs=probs)
+        return draft
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -126,7 +141,7 @@ class Draft:
         """The nodes `keep`, in that order, which must hold the parent of each before it."""
         new = {old: i for i, old in enumerate(keep)}
         new[ROOT] = ROOT
-        return type(self)(
+        return self.unchecked(
             [self.token_ids[i] for i in keep],
             [new[self.parents[i]] for i in keep],
             [self.sources[i] for i in keep] if self.sources else (),

@@ -32,13 +32,14 @@ SEPARATOR = -1
 
 ORDERS = (1, 2, 4, 8)
 _LONGEST = ORDERS[-1]
+_ORDER_OF = [bisect(ORDERS, length) - 1 for length in range(_LONGEST + 1)]  # of matches at least so long
 _MULTIPLIERS = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1, 0xD3A2646D, 0xFD7046C5, 0xB55A4F09)
 _WORD = 0xFFFFFFFF
 
 _BYTES_PER_SLOT = 4 * (1 + 2 * len(ORDERS))
 MIN_CAPACITY_BYTES = 2048 * _BYTES_PER_SLOT
 _PIECE = 256  # tokens; long sequences are evicted in pieces of this
-_FIRST_SIZE = 1024  # slots
+_FIRST_SIZE = 64  # slots
 _CHUNK = 1 << 16  # tokens indexed at once
 _SCALAR_CHUNK = 24  # below this many tokens plain Python beats numpy
 _LAST_POSITION = 2**31 - 1
@@ -105,7 +106,8 @@ class TokenTrie:
     def extend(self, tokens: Sequence[int]) -> None:
         """Append tokens to the current sequence. Of more than half the capacity at once, the last part is kept."""
         tokens = tokens[-(self._max_size // 2) :]
-        self._make_room(len(tokens))
+        if self._end + len(tokens) > self._size:
+            self._make_room(len(tokens))
         if len(tokens) <= _SCALAR_CHUNK:
             self._append(tokens)
         else:
@@ -138,22 +140,28 @@ class TokenTrie:
 
         The chain of the highest order goes first, newest position first, and each order adds only the matches too
         short for the order above; `max_links` bounds the walk along each chain, and orders below `min_length` are left
-        out. Sorted longest match first, newest
-        first among equals. With both bounds above the length of the text these are *all* occurrences of all suffixes.
+        out. Sorted longest match first, newest first among equals. With both bounds above the length of
+        the text these are *all* occurrences of all suffixes.
         """
         backwards = query[: -self.query_length - 1 : -1]
-        tokens, mask, start = self._tokens, self._mask, self._start
-        found: list[Match] = []
+        tokens, mask, start, shift = self._tokens, self._mask, self._start, self._shift
+        sums = list(accumulate(map(mul, backwards, _MULTIPLIERS)))  # a multilinear hash: that of order n is the nth
+        least = _ORDER_OF[min_length if min_length < _LONGEST else _LONGEST]
+        num_sums, found = len(sums), list[Match]()
+        if num_sums < ORDERS[least] or self._heads[least][(sums[ORDERS[least] - 1] & _WORD) >> shift] <= start:
+            return found  # what a long n-gram leads to, its end leads to as well
         shorter_than = self.query_length + 1
-        slots = self._slots(backwards)
-        for i in range(len(slots) - 1, -1, -1):
-            if shorter_than <= min_length:
-                break
-            order, older, position, links = ORDERS[i], self._older[i], self._heads[i][slots[i]], max_links
+        for i in range(bisect(ORDERS, num_sums) - 1, least - 1, -1):
+            order, older, position = ORDERS[i], self._older[i], self._heads[i][(sums[ORDERS[i] - 1] & _WORD) >> shift]
+            if position <= start:
+                shorter_than = order
+                continue
+            links, compared = max_links, backwards[:shorter_than]  # all that agree are matches of the order above
+            num_compared = len(compared)
             while position > start and links:
                 length = 0
                 last = position - 1
-                for token in backwards if position - start > len(backwards) else backwards[: position - start]:
+                for token in compared if position - start > num_compared else compared[: position - start]:
                     if tokens[(last - length) & mask] != token:
                         break
                     length += 1
@@ -164,30 +172,30 @@ class TokenTrie:
                 position = older[position & mask]
                 links -= 1
             shorter_than = order
-        return sorted(found, key=_longest_newest)
+        if len(found) > 1:
+            found.sort(key=_longest_newest)
+        return found
 
     def branch(self, position: int) -> list[int]:
         """The at most `branch_length` tokens from `position` to the end of its sequence."""
         first = position & self._mask
-        length = min(self.branch_length, self._end - position)
-        tokens = self._tokens[first : first + length].tolist()
-        if first + length > self._size:
-            tokens += self._tokens[: first + length - self._size].tolist()
+        length = self._end - position
+        stop = first + (length if length < self.branch_length else self.branch_length)
+        tokens = self._tokens[first:stop].tolist()
+        if stop > self._size:
+            tokens += self._tokens[: stop - self._size].tolist()
         return tokens[: tokens.index(SEPARATOR)] if SEPARATOR in tokens else tokens
 
     # ---- the index ----
-
-    def _slots(self, backwards: Sequence[int]) -> list[int]:
-        """Where the n-gram of each order hashes to: a multilinear hash, so that order n is a running sum."""
-        sums = list(accumulate(map(mul, backwards, _MULTIPLIERS)))
-        return [(sums[order - 1] & _WORD) >> self._shift for order in ORDERS if order <= len(sums)]
 
     def _append(self, tokens: Sequence[int]) -> None:
         """Link a few tokens into the chains, one after the other: `_index` without numpy."""
         held, mask, shift, position = self._tokens, self._mask, self._shift, self._end
         (heads1, heads2, heads4, heads8), (older1, older2, older4, older8) = self._heads, self._older
         m1, m2, m3, m4, m5, m6, m7, m8 = _MULTIPLIERS
-        t8, t7, t6, t5, t4, t3, t2, t1 = (held[(position - n) & mask] for n in range(_LONGEST, 0, -1))
+        first = (position - _LONGEST) & mask
+        before = held[first : first + _LONGEST]
+        t8, t7, t6, t5, t4, t3, t2, t1 = before + held[: _LONGEST - len(before)]
         for token in tokens:
             slot = position & mask
             held[slot] = token
@@ -253,8 +261,6 @@ class TokenTrie:
 
     def _make_room(self, num_tokens: int) -> None:
         """Grow, or evict the oldest pieces; used ones move to the front instead, a few times `num_tokens` at most."""
-        if self._end + num_tokens - self._start <= self._size:
-            return
         self.reserve(num_tokens)
         spared: list[int] = []
         spare_limit, spared_until = min(4 * (num_tokens + _PIECE), self._size // 4), -1

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from lazyahead.draft.answers import AnswerLog
 from lazyahead.draft.asked import Pointer, Spell
-from lazyahead.draft.budget import MAX_DEPTH, Acceptance
+from lazyahead.draft.budget import MAX_DEPTH, Acceptance, Step
 from lazyahead.draft.grow import Branch, Mode, grow
 from lazyahead.draft.tree import Draft, Source
-from lazyahead.draft.trie import SEPARATOR, TokenTrie
+from lazyahead.draft.trie import SEPARATOR, Match, TokenTrie
 from lazyahead.errors import ConfigError, MemoryFileError
 
 
@@ -148,6 +148,7 @@ class TrieRequest:
         self._run_starts: list[int] = []
         self._recent: list[int] = []
         self._answer: list[int] = []  # and the few prompt tokens before it
+        self._unread: list[int] = []  # of the answer, not in `own` yet
         self._num_misses = 0
         self._num_skips = 0
         self._looked_up = False
@@ -158,39 +159,52 @@ class TrieRequest:
         if not tokens:
             return
         if source is Source.PROMPT:
+            self.index()
             self._answer_begun = False
             self._pointer = Pointer([*self._recent, *tokens], self._drafter.spell)
             self.own.reserve(len(tokens) + _HEADROOM)
-        elif self._pointer is not None:
-            self._pointer.extend(tokens)
+            self._index(tokens, source)
+            self._prompt_end = self.own.end
+            self._answer += tokens[-NUM_LEAD:]
+            del self._answer[:-NUM_LEAD]
+        else:
+            self._answer += tokens
+            self._unread += tokens
+
+    def index(self) -> None:
+        """Read what was written since the last lookup; steps without one have it only noted."""
+        if not self._unread:
+            return
+        if self._pointer is not None:
+            self._pointer.extend(self._unread)
             self._answer_begun = True
+        self._index(self._unread, Source.OUTPUT)
+        self._unread = []
+
+    def _index(self, tokens: Sequence[int], source: Source) -> None:
         if not self._sources or self._sources[-1] is not source:
             self._sources.append(source)
             self._run_starts.append(self.own.end)
         self.own.extend(tokens)
-        if source is Source.PROMPT:
-            self._prompt_end = self.own.end
         query_length = self.own.query_length
         self._recent += tokens[-query_length:]
         del self._recent[:-query_length]
-        self._answer.extend(tokens if source is Source.OUTPUT else tokens[-NUM_LEAD:])
-        if source is Source.PROMPT:
-            del self._answer[:-NUM_LEAD]
 
-    def propose(self, max_nodes: int) -> Draft:
+    def propose(self, max_nodes: int, step: Step | None = None) -> Draft:
         self._looked_up = self._num_skips == 0
         if not self._looked_up:
             self._num_skips -= 1
             return Draft.EMPTY
         if max_nodes < 1:
             return Draft.EMPTY
+        self.index()
         branches = self._own_branches() + self._shared_branches()
         if self._answer_begun:
             branches += self._asked()
         if not branches:
             return Draft.EMPTY
         drafter, acceptance = self._drafter, self._namespace.acceptance
-        return grow(branches, acceptance, max_nodes, drafter.mode, drafter.decay, self, drafter.branch_length)
+        return grow(branches, acceptance, max_nodes, drafter.mode, drafter.decay, self, drafter.branch_length, step)
 
     @property
     def announced(self) -> Sequence[int]:
@@ -202,7 +216,7 @@ class TrieRequest:
         branches = list[Branch]()
         if is_open:
             found = self.own.match([*self._recent, *path], _NUM_REMATCHES, 8, _REMATCH_LEN)
-            branches = [self._own_branch(position, match_len, len(path)) for position, match_len in found]
+            branches = self._read(found, len(path))
         return branches + self._asked(path) if path[-1] in self.announced else branches
 
     def _asked(self, path: Sequence[int] = ()) -> list[Branch]:
@@ -225,15 +239,14 @@ class TrieRequest:
         if remember and self._drafter.capacity_bytes:
             self._drafter.remember(self._answer, self._name)
         self.own.clear()
-        self._sources, self._run_starts, self._recent, self._answer = [], [], [], []
+        self._sources, self._run_starts, self._recent, self._answer, self._unread = [], [], [], [], []
 
     def _own_branches(self) -> list[Branch]:
-        matches = self.own.match(self._recent, self._drafter.max_matches)
-        return [self._own_branch(position, match_len) for position, match_len in matches]
+        return self._read(self.own.match(self._recent, self._drafter.max_matches))
 
-    def _own_branch(self, position: int, match_len: int, depth: int = 0) -> Branch:
-        source = self._sources[bisect(self._run_starts, position) - 1]
-        return Branch(self.own.branch(position), source, match_len, position, depth)
+    def _read(self, matches: list[Match], depth: int = 0) -> list[Branch]:
+        branch, sources, starts = self.own.branch, self._sources, self._run_starts
+        return [Branch(branch(at), sources[bisect(starts, at) - 1], match_len, at, depth) for at, match_len in matches]
 
     def _shared_branches(self) -> list[Branch]:
         shared = self._namespace.shared
