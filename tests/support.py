@@ -29,11 +29,11 @@ from lazyahead.session import Session
 torch.set_num_threads(1)  # for models this small a second thread costs more than it brings
 
 LAZY = LazyPrefill(
-    schedule=((0.3, 0.5), (0.6, 0.3)), min_tokens=0, protect_last=4, scorer=Window(4, 3), revive_threshold=0.02
+    schedule=((0.3, 0.5), (0.6, 0.3)), min_tokens=0, protect_last=4, scorer=Window(4, 3), revive_threshold=0.1
 )
 """As the default, small enough for 40 tokens; random weights make nearly every token ask for a revival."""
 CALM = LazyPrefill(
-    schedule=((0.3, 0.6), (0.6, 0.4)), min_tokens=0, protect_last=4, scorer=Window(4, 3), revive_threshold=0.2
+    schedule=((0.3, 0.6), (0.6, 0.4)), min_tokens=0, protect_last=4, scorer=Window(4, 3), revive_threshold=0.3
 )
 """The same, but few tokens ask, so that drafts are long."""
 KEEP_ALL = LazyPrefill(schedule=((0.3, 1.0), (0.6, 1.0)), min_tokens=0, protect_last=4, scorer=Window(4, 3))
@@ -46,7 +46,7 @@ PREFILLS: dict[str, LazyPrefill | None] = {
     "lazy": LAZY,
     "calm": CALM,
     "fast": FAST,
-    "ahead": replace(LAZY, scorer=Window(4, 3, ahead=0.9), recall_threshold=0.2),
+    "ahead": replace(LAZY, scorer=Window(4, 3, ahead=0.9), revive_threshold=0.2),
     "paper": LazyPrefill.paper(),
     "static_prune": LazyPrefill(((0.25, 0.5),), LastToken(), revive="never", min_tokens=0),
     "random_drop": replace(LazyPrefill.random_drop(), min_tokens=0),

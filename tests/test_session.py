@@ -62,7 +62,7 @@ def test_a_second_question_brings_back_what_the_first_left_and_loses_nothing(nam
     _, stats = ask(model, [*DOCUMENT, *SECOND], session)
     check_invariants(session)
     assert stats.reused_tokens == len(DOCUMENT)
-    assert (stats.revived > 0) == (name in ("lazy", "paper"))
+    assert (stats.revived > 0) == (name != "static_prune")
 
 
 def test_a_prompt_that_goes_on_from_the_whole_text_reads_on_from_there():
@@ -273,13 +273,13 @@ def test_a_header_that_does_not_fit_is_refused(saved, field, value):
         model.load_session(path)
 
 
-@pytest.mark.parametrize("name", ["kv.3.keys", "kv.0.positions", "stash.1.hidden"])
+@pytest.mark.parametrize("name", ["kv.3.keys", "kv.0.positions", "stash"])
 def test_a_missing_part_is_refused(saved, name):
     model, _, path = saved
     with safe_open(path, "pt") as file:
         header = file.metadata()
     tensors = load_file(path)
-    del tensors[name]
+    del tensors[next(part for part in tensors if part.startswith(name))]
     save_file(tensors, path, header)
     with pytest.raises(SessionFileError, match="damaged"):
         model.load_session(path)

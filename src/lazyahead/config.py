@@ -32,15 +32,15 @@ class LazyPrefill:
     revive: Revival = "demand"
     """`demand`: a token whose attention passes the threshold comes back. `percentile`: the paper's rule, the best
     `keep_ratio` of the prompt are selected anew at every step. `never`: what was deferred stays out."""
-    revive_threshold: float = 0.2
-    """Demand: attention (mean over heads) that the running token must pay to a deferred one."""
+    revive_threshold: float = 0.9
+    """Demand: attention of one head that a running token must pay to a deferred one to bring it back."""
     revive_limit: int = 8
-    """Demand: most tokens that one row may bring back at one boundary, best first."""
-    recall_threshold: float = 0.9
-    """Demand, with a scorer that runs ahead: attention of one head that the running token must pay, in a layer that
-    the question visited, to a token that waits."""
-    doubt_below: float = 0.98
-    """The same: only where the likeliest next token is less probable than this, what waits is called back."""
+    """Demand: most tokens that one row may bring back at one boundary, best first, and with each what waits around it
+    (`reach` of the scorer). A later turn brings back so many for each of its tokens, the best of all, and no more than
+    the schedule lets go on."""
+    doubt_below: float = 0.999
+    """Demand, with a scorer that runs ahead: what a running token looks at further up than it waits is called back only
+    where the likeliest next token is less probable than this."""
     near: int = 1024
     """Before the first cut, and before the depth from which the scorer looks far (`looks_from`), a token attends to so
     many before it and to the first few; only the last ones of the prompt attend to all. 0: every token does."""
@@ -59,7 +59,7 @@ class LazyPrefill:
             raise ConfigError(f"revive must be one of {', '.join(get_args(Revival))}, got {self.revive!r}")
         if self.revive != "never" and self.scorer.queries == 0:
             raise ConfigError(f"revive {self.revive!r} needs attention and {self.scorer} sees none; use 'never'")
-        for name in ("revive_threshold", "recall_threshold", "doubt_below"):
+        for name in ("revive_threshold", "doubt_below"):
             value = getattr(self, name)
             if not (_is_number(value) and 0 <= value <= 1):
                 kind = "a probability" if name == "doubt_below" else "an attention weight"

@@ -86,10 +86,19 @@ def attend(query: Tensor, kv: LayerKV, rows: Rows, heads: Heads) -> Tensor:
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
 
 
-def attention_of(query: Tensor, kv: LayerKV, rows: Rows, heads: Heads, more: Tensor | None = None) -> Tensor:
+class More(NamedTuple):
+    """Keys that every row sees besides the cached ones."""
+
+    keys: Tensor
+    """(1, H_kv, E, D)"""
+    is_live: Tensor
+    """(E,); the others are not there."""
+
+
+def attention_of(query: Tensor, kv: LayerKV, rows: Rows, heads: Heads, more: More | None = None) -> Tensor:
     """The attention itself, (H, Q, N) in fp32, that the last Q rows (query (1, H, Q, D)) pay: small Q only.
 
-    `more` are E keys (1, H_kv, E, D) that every row sees too; what they are paid follows: (H, Q, N + E)."""
+    What `more` keys are paid follows: (H, Q, N + E)."""
     num_queries = query.shape[2]
     mask = None
     if num_queries > 1 or rows.ancestors is not None or not _sees_everything(rows, heads):
@@ -202,8 +211,8 @@ def _fold(query: Tensor, kv: LayerKV, bias: Tensor | None, heads: Heads) -> Tens
     return out.view(1, num_heads, num_rows, -1)
 
 
-def _weights(query: Tensor, keys: Tensor, mask: Tensor | None, heads: Heads, more: Tensor | None = None) -> Tensor:
-    """Softmax of the logits in fp32, (1, H_kv, G * T, N), those of `more` keys that nobody masks behind them."""
+def _weights(query: Tensor, keys: Tensor, mask: Tensor | None, heads: Heads, more: More | None = None) -> Tensor:
+    """Softmax of the logits in fp32, (1, H_kv, G * T, N), those of `more` keys behind them."""
     num_heads, num_rows, num_kv = query.shape[1], query.shape[2], keys.shape[1]
     groups = num_heads // num_kv
     folded = query.reshape(1, num_kv, groups * num_rows, -1)
@@ -211,7 +220,7 @@ def _weights(query: Tensor, keys: Tensor, mask: Tensor | None, heads: Heads, mor
     if mask is not None:
         logits = logits.masked_fill(~mask.repeat(groups, 1), -torch.inf)
     if more is not None:
-        logits = torch.cat([logits, _logits(folded, more, heads)], -1)
+        logits = torch.cat([logits, _logits(folded, more.keys, heads).masked_fill_(~more.is_live, -torch.inf)], -1)
     if heads.sinks is None:
         return logits.softmax(-1)
     sinks = heads.sinks.float().view(1, num_kv, groups, 1).expand(-1, -1, -1, num_rows).reshape(1, num_kv, -1, 1)

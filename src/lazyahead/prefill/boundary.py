@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lazyahead.hf.ahead import Standing
-from lazyahead.hf.attention import Heads, Rows, attend, attention_of
+from lazyahead.hf.attention import Heads, More, Rows, attend, attention_of
 from lazyahead.hf.rows import Pass
 from lazyahead.prefill.flight import Glance, InFlight
 from lazyahead.prefill.foresight import foresee
@@ -100,10 +100,11 @@ class Flight(InFlight):
         return not bool(((self._scores[:, stash.slots] > self.config.revive_threshold) & stash.is_live).any())
 
     def _score(self, attention: Tensor, positions: Tensor) -> Tensor:
-        """Attention (H, Q, N) -> scores: (1, N) for a prompt; in decoding eq. 1 for the root and each draft, (Q, N)."""
+        """Attention (H, Q, N) -> scores: (1, N) for a prompt; in decoding (Q, N) for the root and each draft, by the
+        paper's rule eq. 1, on demand what the head that pays most does."""
         assert self.config is not None
         if self.reading is None:
-            return attention.mean(0)
+            return attention.mean(0) if self.config.revive == "percentile" else attention.amax(0)
         return self.config.scorer(attention, positions)[None]
 
     def _foretell(self, boundary: int, layer: int, query: Tensor, rows: Rows, heads: Heads) -> None:
@@ -113,9 +114,10 @@ class Flight(InFlight):
         assert self.config is not None
         config, stash, kv = self.config, self.session.stashes[boundary], self.session.kv[layer]
         asking = query[:, :, -min(self._num_queries, self.num_rows) :]
-        paid = attention_of(asking, kv, rows, heads, stash.keys[layer]).amax(0)[:, len(kv) :]  # (Q, E)
-        hits = (paid > config.recall_threshold) & stash.is_live[: paid.shape[1]]
-        self._glances.append(Glance(boundary, paid, hits))
+        keys = stash.keys[layer]
+        waiting = More(keys, stash.is_live[: keys.shape[2]])
+        paid = attention_of(asking, kv, rows, heads, waiting).amax(0)[:, len(kv) :]  # (Q, E)
+        self._glances.append(Glance(boundary, paid, paid > config.revive_threshold))
 
     def _below(self, layer: int) -> tuple[Tensor, Tensor]:
         """Positions (N,) of all tokens at the layer below, and the slots (T,) of the rows in flight among them."""
@@ -162,10 +164,13 @@ class Flight(InFlight):
             pool = (positions >= ranked_from) & (positions < end)
             chosen = best(scores, pool, self._protected(positions, end), boundary.keep_count(end - ranked_from))
         if config.revive == "demand" and ranked_from > 0:
-            limit = config.revive_limit * (reading.end - reading.start if reading else 1)
-            hits = demanded(scores, waiting & (positions < ranked_from), config.revive_threshold, limit)
-            if reading is None:  # what stands around it is quoted next
-                hits = waiting & around(positions, positions[hits], config.scorer.reach)
+            older = waiting & (positions < ranked_from)
+            if reading is None:
+                hits = demanded(scores, older, config.revive_threshold, config.revive_limit)
+                hits = waiting & around(positions, positions[hits], config.scorer.reach)  # what is quoted next
+            else:
+                limit = min(config.revive_limit * (end - reading.start), boundary.keep_count(reading.start))
+                hits = demanded(scores, older, 0.0, limit)
             chosen |= hits
         return chosen
 
