@@ -65,7 +65,7 @@ def test_the_contract_is_fulfilled_and_keeping_everything_changes_nothing(capsys
             assert row["relative"] == (1.0 if row["score"] else None)
         if row["method"] == "full":
             assert row["ttft_speedup"] == row["generation_speedup"] == 1.0
-    assert [way["ideal_speedup"] for way in values["config"]["prefill"]] == pytest.approx([1, 3.5, 1, 1], abs=0.5)
+    assert [way["ideal_speedup"] for way in values["config"]["prefill"]] == pytest.approx([1, 4, 1, 1], abs=0.5)
 
 
 def test_drafting_changes_no_answer(capsys, profile):

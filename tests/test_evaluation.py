@@ -13,6 +13,7 @@ from lazyahead import LLM, LazyPrefill, Lookahead
 from lazyahead.cli import run
 from lazyahead.cli.evaluate import value_of, with_model
 from lazyahead.errors import ConfigError, RequestError
+from lazyahead.prefill.score import Window
 from lazyahead.reader import samples
 from lazyahead.sampling import Sampling
 
@@ -34,7 +35,7 @@ metric_list:
   - metric: exact_match
 """
 PROMPT = "The code of the red door is 417. " * 4
-RULE = LazyPrefill(schedule=((0.25, 0.3), (0.5, 0.1)), protect_first=1, protect_last=4, min_tokens=16)
+RULE = LazyPrefill(((0.25, 0.3), (0.5, 0.1)), Window(4, 3, ahead=0.6), protect_first=1, protect_last=4, min_tokens=16)
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,7 +27,7 @@ class LazyPrefill:
 
     schedule: Schedule = ((0.17, 0.2), (0.42, 0.1))
     """(depth, keep ratio) pairs: after this fraction of the layers, this fraction of the prompt goes on."""
-    scorer: Scorer = field(default_factory=lambda: Window(queries=24, pool=31, ahead=0.6, looks_from=0.34))
+    scorer: Scorer = field(default_factory=lambda: Window(queries=24, pool=31, ahead=0.5, looks_from=0.34))
     """Which tokens matter. The paper's is `LastToken()`."""
     revive: Revival = "demand"
     """`demand`: a token whose attention passes the threshold comes back. `percentile`: the paper's rule, the best
@@ -41,7 +41,7 @@ class LazyPrefill:
     doubt_below: float = 0.999
     """Demand, with a scorer that runs ahead: what a running token looks at further up than it waits is called back only
     where the likeliest next token is less probable than this."""
-    near: int = 1024
+    near: int = 512
     """Before the first cut, and before the depth from which the scorer looks far (`looks_from`), a token attends to so
     many before it and to the first few; only the last ones of the prompt attend to all. 0: every token does."""
     protect_first: int = 4
@@ -224,7 +224,7 @@ def _check_schedule(schedule: Schedule, needs_attention: bool) -> None:
 
 PRESETS: dict[str, LazyPrefill] = {
     "balanced": LazyPrefill(),
-    "fast": replace(LazyPrefill(), schedule=((0.17, 0.15), (0.42, 0.05))),
+    "fast": LazyPrefill(((0.17, 0.1), (0.42, 0.04))),
     "paper": LazyPrefill.paper(),
     "static_prune": LazyPrefill.static_prune(),
     "random_drop": LazyPrefill.random_drop(),

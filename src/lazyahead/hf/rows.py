@@ -75,6 +75,8 @@ class Pass:
         self.is_positional = False
         """Whether layers are handed their hidden states by place."""
         self._calls: dict[tuple[Any, ...], tuple[tuple[Any, ...], dict[str, Any]]] = {}  # by kind of layer
+        self._detours: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}
+        """Of tokens that stand or run ahead, by the identity of their positions: rows of tables, by key."""
         self.layer = -1
         self._num_changes = 0  # boundaries that changed rows
         self._tables: dict[int, Tensor] = {}  # by key, one row per token that entered
@@ -146,13 +148,16 @@ class Pass:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a layer, hidden states aside, for tokens (T,) of a flight, in flight or not."""
         plans, (places, names) = self.anatomy.plans[layer], self._calls[self.anatomy.kinds[layer]]
+        rows: dict[int, Tensor] = self._detours.setdefault(id(positions), (positions, {}))[1]
 
         def for_tokens(plan: Plan, value: Any) -> Any:
             if plan is None or value is None:
                 return value
             if isinstance(plan, tuple):
                 return type(value)(for_tokens(part, inner) for part, inner in zip(plan, value, strict=True))
-            return self._rows_of(plan.key, flight, positions, entered).movedim(0, plan.dim)
+            if plan.key not in rows:
+                rows[plan.key] = self._rows_of(plan.key, flight, positions, entered)
+            return rows[plan.key].movedim(0, plan.dim)
 
         return (
             tuple(for_tokens(plans.get(place), value) for place, value in enumerate(places, 1)),
