@@ -16,7 +16,7 @@ from lazyahead.errors import ConfigError, RequestError
 from lazyahead.hf.probe import examine
 from lazyahead.llm import LLM
 from lazyahead.prefill.schedule import Schedule
-from lazyahead.prefill.score import SCORERS, LastToken, Scorer
+from lazyahead.prefill.score import SCORERS, LastToken, Scorer, Window
 from lazyahead.sampling import Sampling
 from lazyahead.tune.answers import Agreement, Answers, Progress, Task, reading_by
 from lazyahead.tune.search import Candidate, Search, candidates, strongest
@@ -116,12 +116,11 @@ def tune(
 
 
 def scorers(first: Scorer) -> list[Scorer]:
-    """`first`, the paper's, and the other kinds that look at attention, as they are by default."""
-    return list(
-        dict.fromkeys(
-            scorer for scorer in (first, LastToken(), *(kind() for kind in SCORERS.values())) if scorer.queries
-        )
-    )
+    """`first`, the same looking far from the first cut on (so that no layer looks only near), the paper's, and the
+    other kinds that look at attention, as they are by default."""
+    far = [replace(first, looks_from=0.0)] if isinstance(first, Window) else []
+    kinds = [kind() for kind in SCORERS.values()]
+    return list(dict.fromkeys(scorer for scorer in (first, *far, LastToken(), *kinds) if scorer.queries))
 
 
 class _Tuning:
@@ -139,13 +138,15 @@ class _Tuning:
         holds_out = len(every) >= ENOUGH_TO_HOLD_OUT
         self._guides: Sequence[int] = every[::2] if holds_out else every
         self._judges: Sequence[int] = every[1::2] if holds_out else ()
-        self._best: dict[float, tuple[LazyPrefill, float]] = {}
-        """Rule and speed-up by FLOPs, for each depth to which scorers run ahead: FLOPs do not count what that costs."""
+        self._best: dict[tuple[float, float], tuple[LazyPrefill, float]] = {}
+        """Rule and speed-up by FLOPs, for each pair of depths to which scorers run ahead and from which they look far:
+        these FLOPs count neither what the one costs nor what the other saves."""
         self.num_rejected = 0
 
     def improve(self, scorer: Scorer) -> None:
         """Takes this scorer's strongest schedule if it is stronger than those of the scorers like it."""
-        least = self._best[scorer.ahead][1] if scorer.ahead in self._best else 1.0
+        kind = scorer.ahead, scorer.looks_from
+        least = self._best[kind][1] if kind in self._best else 1.0
 
         def rule(candidate: Candidate) -> LazyPrefill:
             return replace(self._base, schedule=candidate.schedule, scorer=scorer)
@@ -166,7 +167,7 @@ class _Tuning:
         search = Search(self._candidates, least=least)
         best = strongest(search, passes, holds)
         if best is not None:
-            self._best[scorer.ahead] = rule(best), best.speedup
+            self._best[kind] = rule(best), best.speedup
 
     def found(self, timed: Callable[[LazyPrefill], Clock]) -> Found | None:
         """The best rule, with all that is known of it. Between scorers that are not alike the clock decides."""
