@@ -1,5 +1,6 @@
 """Drafting changes how fast a text is written, never the text."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -215,3 +216,24 @@ def test_scores_are_those_of_the_answer_and_of_nothing_else():
     for request in kept:
         assert len(request.scores) == len(request.logits) == 7
         assert [int(score.argmax()) for score in request.scores] == kept[0].answer
+
+
+@pytest.mark.parametrize("name", PREFILLS)
+def test_drafts_that_are_right_never_take_more_passes_than_none(name):
+    """What a draft row wanted back is known to the pass it begins, so that none is begun in vain because of drafts."""
+    for text in TEXTS:
+        bare = answer("llama", text, PREFILLS[name], num_tokens=30)
+        right = answer("llama", text, PREFILLS[name], FakeDrafter("always", {tuple(text): bare.answer}), 30)
+        assert right.answer == bare.answer
+        assert right.stats().num_steps <= bare.stats().num_steps
+
+
+def test_a_pass_is_repeated_only_where_its_token_is_in_doubt():
+    steps = []
+    for doubt_below in (0.0, 0.5, 1.0):
+        rule = replace(PREFILLS["ahead"], doubt_below=doubt_below)
+        request = answer("llama", TEXTS[0], rule, num_tokens=30)
+        steps.append(request.stats().num_steps)
+    assert steps[0] == 29
+    assert steps == sorted(steps)
+    assert steps[-1] > 29

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lazyahead.hf.attention import Heads, Rows, attend, attention_of
+from lazyahead.hf.attention import Heads, More, Near, Rows, attend, attention_of
 from lazyahead.hf.cache import LayerKV
 
 SIZE = 8
@@ -23,9 +23,12 @@ def sees(query: int, key: int, heads: Heads) -> bool:
 
 
 def visible(rows: Rows, key_positions: Tensor, heads: Heads) -> Tensor:
-    """(T, N), from the definition: causal by position; among drafts, ancestors only."""
+    """(T, N), from the definition: causal by position; rows that look near see that; among drafts, ancestors only."""
     queries, keys = rows.positions.tolist(), key_positions.tolist()
     mask = torch.tensor([[sees(query, key, heads) for key in keys] for query in queries])
+    if rows.near is not None:
+        distance = rows.positions[:, None] - key_positions
+        mask &= (distance < rows.near.num_tokens) | (key_positions < 4) | (rows.positions[:, None] >= rows.near.until)
     if rows.ancestors is not None:
         num = rows.ancestors.shape[0]
         mask[-num:, -num:] &= rows.ancestors
@@ -132,3 +135,25 @@ def test_many_rows_go_in_blocks_unseen(num_cached: int, parents: list[int], head
     rows = Rows(torch.tensor(positions), max(positions), ancestors_of(parents) if parents else None)
     query = torch.randn(1, 4, len(positions), SIZE)
     torch.testing.assert_close(attend(query, kv, rows, heads), reference(query, kv, rows, heads)[0])
+
+
+@pytest.mark.parametrize("start", [0, 3, 300])
+@pytest.mark.parametrize("near", [Near(7, 1190), Near(200, 1190), Near(200, 1200), Near(200, 500), Near(5000, 1190)])
+@pytest.mark.parametrize("heads", [Heads(0.3), Heads(0.3, softcap=2.0), Heads(0.3, sinks=torch.ones(4))])
+def test_rows_that_look_near_see_what_is_near_and_the_first_few_and_the_last_rows_see_all(
+    start: int, near: Near, heads: Heads
+) -> None:
+    torch.manual_seed(0)
+    kv, places = filled(list(range(1200)), 2), torch.arange(start, 1200)
+    rows, query = Rows(places, 1199, near=near), torch.randn(1, 4, len(places), SIZE)
+    torch.testing.assert_close(attend(query, kv, rows, heads), reference(query, kv, rows, heads)[0])
+
+
+def test_keys_that_are_not_there_take_nothing_from_those_that_are() -> None:
+    torch.manual_seed(0)
+    kv, more, query = filled([0, 1, 2, 9], 2), torch.randn(1, 2, 3, SIZE), torch.randn(1, 4, 1, SIZE)
+    rows, heads = Rows(torch.tensor([9]), 9), Heads(0.3)
+    some = attention_of(query, kv, rows, heads, More(more, torch.tensor([True, False, True])))
+    without = attention_of(query, kv, rows, heads, More(more[:, :, ::2], torch.tensor([True, True])))
+    torch.testing.assert_close(some[:, :, [0, 1, 2, 3, 4, 6]], without)
+    assert not some[:, :, 5].any()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import count
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from lazyahead.config import LazyPrefill, Lookahead
 from lazyahead.draft.asked import spelling
+from lazyahead.draft.budget import RowCost
 from lazyahead.draft.build import drafter_for
 from lazyahead.engine import Engine
 from lazyahead.errors import UnsupportedModelError
@@ -38,5 +40,9 @@ def engine_for(
         return Engine(PlainRunner(model), None, None)
     runner = Runner(model, anatomy)
     drafter = drafter_for(decode, partial(owner_of, model, tokenizer), spelling(tokenizer))
-    row_cost = partial(row_cost_of, model, runner)
+    calls = count()  # from the second on the curve is measured anew
+
+    def row_cost() -> RowCost:
+        return row_cost_of(model, runner, again=next(calls) > 0)
+
     return Engine(runner, prefill, decode, drafter=drafter, row_cost=row_cost, max_stall_rows=max_stall_rows)

@@ -16,6 +16,7 @@ from lazyahead.draft.budget import RowCost, Step, choose
 from lazyahead.draft.drafter import Drafter, NoDrafter
 from lazyahead.draft.tree import Draft
 from lazyahead.draft.verify import walk
+from lazyahead.draft.watch import WatchedCost
 from lazyahead.errors import ConfigError
 from lazyahead.prefill.boundary import Flight
 from lazyahead.prefill.reading import part_len
@@ -48,8 +49,7 @@ class Engine:
         self.runner, self.prefill, self.decode = runner, prefill, decode
         self.drafter = drafter or NoDrafter()
         self.max_stall_rows, self.max_running = max_stall_rows, max_running
-        self._measure_rows = row_cost
-        self._row_cost: RowCost | None = None
+        self._row_cost = WatchedCost(row_cost) if row_cost is not None else None
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._attached: list[AbstractContextManager[Any]] = []
@@ -107,9 +107,11 @@ class Engine:
         """One pass for all running requests. Where it is broken off, what it has not committed is as before it."""
         self._admit()
         flights = self._draft()
+        begin = time.perf_counter()
         try:
             logits = self._forward(flights)
             runs = self._verify(flights, logits)
+            self._watch(flights, time.perf_counter() - begin)
             self._commit(runs)
         except BaseException:
             for request, flight in flights:
@@ -189,7 +191,7 @@ class Engine:
             return
         others = num_reading + sum(request.num_reviving for request in writing)
         num_context, limit = sum(len(request.session) for request in writing), self.decode.decoding_length
-        cost = self._row_cost
+        cost = self._row_cost.cost if self._row_cost is not None else None
         steps = [Step(cost, len(writing), others, num_context // len(writing))] if cost is not None else []
         for request in writing:
             request.proposed = Draft.EMPTY
@@ -199,13 +201,18 @@ class Engine:
             if request.drafts is not None and room > 0 and steady:
                 request.proposed = request.drafts.propose(limit, *steps).within(room)
             request.draft = request.proposed
-        if self._measure_rows is not None and any(request.proposed.probs for request in writing):
-            self._row_cost = cost = cost or self._measure_rows()
-            at_hand = cost.at(num_context // len(writing))
+        if self._row_cost is not None and any(request.proposed.probs for request in writing):
+            at_hand = self._row_cost.get().at(num_context // len(writing))
             counts = choose([request.proposed.probs for request in writing], at_hand, others)
             for request, count in zip(writing, counts, strict=True):
                 if request.proposed.probs:
                     request.draft = request.proposed.best(count)
+
+    def _watch(self, flights: Sequence[tuple[Request, Flight]], seconds: float) -> None:
+        """What rows cost is told how long a pass took in which all are writing."""
+        if self._row_cost is not None and flights and all(flight.reading is None for _, flight in flights):
+            rows = sum(len(flight.token_ids) for _, flight in flights)
+            self._row_cost.note(rows, sum(len(request.session) for request, _ in flights) // len(flights), seconds)
 
     def _write(self, request: Request) -> Flight:
         draft = request.draft

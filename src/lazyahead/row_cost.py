@@ -22,17 +22,23 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)
 _CONTEXTS = (128, 2048)
 """Tokens of context behind which rows are timed; what lies between two lengths tells what a token of context costs."""
 _SECONDS = 1.5
-"""How long the measurement goes on; every row count is timed twice at least, on however slow a machine."""
+"""How long the measurement goes on, twice as long in noise; every row count is timed twice at least."""
+_AGREES = 1.3
+"""The second best time over the best, at most, where a point is sure."""
 
 
-def row_cost_of(model: PreTrainedModel, runner: Runner) -> RowCost:
-    """The curve of this model here, from the cache file where it is known, else measured (about two seconds)."""
+def row_cost_of(model: PreTrainedModel, runner: Runner, *, again: bool = False) -> RowCost:
+    """The curve of this model here, from the cache file where it is known, else measured (about two seconds), as it is
+    where it shall be `again`. What was measured in noise is not kept."""
     path = cache_folder() / "row_cost" / f"{_key(model, runner.device)}.json"
     try:
-        return RowCost.from_json(path.read_text(encoding="utf-8"))
+        if not again:
+            return RowCost.from_json(path.read_text(encoding="utf-8"))
     except (OSError, ConfigError):
         pass
     cost = measure(runner)
+    if not cost.is_sure:
+        return cost
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
@@ -56,20 +62,27 @@ def measure(runner: Runner) -> RowCost:
             (near,) = _best(runner, (session,))
             return near
     gained = zip(near.points, far.points, strict=True)
-    return RowCost(near.points, tuple(max(0.0, (b - a) / (long - short)) for (_, a), (_, b) in gained))
+    per_token = tuple(max(0.0, (b - a) / (long - short)) for (_, a), (_, b) in gained)
+    return RowCost(near.points, per_token, near.is_sure and far.is_sure)
 
 
 def _best(runner: Runner, sessions: Sequence[Session]) -> list[RowCost]:
     """Each session's curve, measured in turns."""
-    best = [dict.fromkeys(ROWS, float("inf")) for _ in sessions]
-    end = time.perf_counter() + _SECONDS
-    rounds = 0
-    while rounds < 2 or time.perf_counter() < end:
+    times = [{rows: list[float]() for rows in ROWS} for _ in sessions]
+    begin, rounds = time.perf_counter(), 0
+    while rounds < 2 or (taken := time.perf_counter() - begin) < _SECONDS or (taken < 2 * _SECONDS and _noisy(times)):
         for rows in ROWS:
-            for session, seconds in zip(sessions, best, strict=True):
-                seconds[rows] = min(seconds[rows], _time_step(runner, session, rows))
+            for session, seconds in zip(sessions, times, strict=True):
+                seconds[rows].append(_time_step(runner, session, rows))
         rounds += 1
-    return [RowCost(list(seconds.items())) for seconds in best]
+    is_sure = not _noisy(times)
+    return [RowCost([(rows, min(taken)) for rows, taken in one.items()], is_sure=is_sure) for one in times]
+
+
+def _noisy(times: Sequence[dict[int, list[float]]]) -> bool:
+    """Whether any best time may be the noise's: none comes near it. Noise only adds, but it may add every time."""
+    best_two = [sorted(taken)[:2] for one in times for taken in one.values()]
+    return any(second > _AGREES * first for first, second in best_two)
 
 
 def _stretched(session: Session, length: int) -> Session:
@@ -109,5 +122,5 @@ def _key(model: PreTrainedModel, device: torch.device) -> str:
     for name in ("_name_or_path", "transformers_version"):
         config.pop(name, None)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu-{torch.get_num_threads()}"
-    parts = [config, str(model.dtype), hardware, torch.__version__, _CONTEXTS]
+    parts = [config, str(model.dtype), hardware, torch.__version__, _CONTEXTS, _AGREES]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]

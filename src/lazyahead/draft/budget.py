@@ -5,6 +5,7 @@ from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from math import pow
 from typing import NamedTuple
 
@@ -19,13 +20,15 @@ class RowCost:
     """Seconds of a decoding step by its number of rows, as measured on one model, device and dtype.
 
     `points` are (rows, seconds); between them the curve is a line, beyond the last it goes on as the last line does,
-    and it never falls (a measurement that does is noise). `per_token` holds the seconds that each token of context
-    adds, for the rows of `points`; empty: none. Raises ConfigError without points, for rows below 1, seconds not above
-    0, or a `per_token` that does not fit.
+    it never falls (a measurement that does is noise), and n times the rows never cost more than n steps. `per_token`
+    holds the seconds that each token of context adds, for the rows of `points`; empty: none. Raises ConfigError without
+    points, for rows below 1, seconds not above 0, or a `per_token` that does not fit.
     """
 
     points: Sequence[tuple[int, float]]
     per_token: Sequence[float] = ()
+    is_sure: bool = True
+    """Whether measuring again gave the same."""
 
     def __post_init__(self) -> None:
         points = sorted((int(rows), float(seconds)) for rows, seconds in self.points)
@@ -34,6 +37,8 @@ class RowCost:
         lowest, rising = float("inf"), dict[int, float]()
         for rows, seconds in reversed(points):  # noise only adds: a step costs no more than a larger one
             lowest = rising[rows] = min(lowest, seconds)
+        for fewer, rows in pairwise(sorted(rising)):  # rows can always go in several steps
+            rising[rows] = min(rising[rows], -(-rows // fewer) * rising[fewer])
         object.__setattr__(self, "points", tuple(sorted(rising.items())))
         if self.per_token and (len(self.per_token) != len(rising) or not all(0 <= s < 1 for s in self.per_token)):
             raise ConfigError(f"per_token needs seconds >= 0 for each of {len(rising)} points, got {self.per_token}")

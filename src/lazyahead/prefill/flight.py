@@ -111,7 +111,7 @@ class InFlight:
         asking[0] &= not self._brings  # the root has been asked
         if not bool(asking.any()):
             return
-        self._doubted = asking & (logits.float().softmax(-1).amax(-1) < self.config.doubt_below)
+        self._doubted[asking] = logits[asking].float().softmax(-1).amax(-1) < self.config.doubt_below
         if bool(self._doubted[0]):
             self.wants = self._wanted_by(0)
         self._doubted[1:] &= ~self.blocked  # those lack what they would have seen further up

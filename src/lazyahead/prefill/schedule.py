@@ -59,10 +59,11 @@ class LayerShape(NamedTuple):
 
 
 def near_layers(placed: Sequence[Boundary], num_layers: int, looks_from: float) -> int:
-    """How many of the first layers may look only at what is near: those before the first cut, if there is one, and
-    before the depth from which scorers look far."""
-    cut = min((boundary.layer for boundary in placed if boundary.keep_ratio < 1), default=0)
-    return min(cut, round(looks_from * num_layers))
+    """How many of the first layers may look only at what is near: where anything is cut, those before the first
+    boundary, and before the depth from which scorers look far."""
+    if all(boundary.keep_ratio == 1 for boundary in placed):
+        return 0
+    return min(*(boundary.layer for boundary in placed), round(looks_from * num_layers))
 
 
 def prefill_flops(counts: Sequence[int], shape: LayerShape, near: int = 0, num_near: int = 0) -> float:

@@ -110,6 +110,7 @@ def train(run: Run, until: int | None = None) -> Progress:
         progress.seconds = time.monotonic() - started
         if progress.step % run.log_every == 0 or progress.step == last:
             means = {key: sum(record[key] for record in records) / len(records) for key in records[0]}
+            means["length"] = records[-1]["length"]
             _log(run.folder / "curve.jsonl", {**asdict(progress), **means})
             records.clear()
         if progress.step % run.save_every == 0 or progress.step == last:
