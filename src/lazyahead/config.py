@@ -27,17 +27,16 @@ class LazyPrefill:
 
     schedule: Schedule = ((0.17, 0.2), (0.42, 0.1))
     """(depth, keep ratio) pairs: after this fraction of the layers, this fraction of the prompt goes on."""
-    scorer: Scorer = field(default_factory=lambda: Window(queries=24, pool=31, ahead=0.5, looks_from=0.34))
+    scorer: Scorer = field(default_factory=lambda: Window(queries=24, pool=31, ahead=0.6, looks_from=0.34))
     """Which tokens matter. The paper's is `LastToken()`."""
     revive: Revival = "demand"
     """`demand`: a token whose attention passes the threshold comes back. `percentile`: the paper's rule, the best
     `keep_ratio` of the prompt are selected anew at every step. `never`: what was deferred stays out."""
     revive_threshold: float = 0.9
     """Demand: attention of one head that a running token must pay to a deferred one to bring it back."""
-    revive_limit: int = 8
-    """Demand: most tokens that one row may bring back at one boundary, best first, and with each what waits around it
-    (`reach` of the scorer). A later turn brings back so many for each of its tokens, the best of all, and no more than
-    the schedule lets go on."""
+    revive_limit: int = 32
+    """Demand: most tokens that one row may bring back at one boundary, best first, each with what waits around it
+    (`reach` of the scorer)."""
     doubt_below: float = 0.999
     """Demand, with a scorer that runs ahead: what a running token looks at further up than it waits is called back only
     where the likeliest next token is less probable than this."""
@@ -224,7 +223,7 @@ def _check_schedule(schedule: Schedule, needs_attention: bool) -> None:
 
 PRESETS: dict[str, LazyPrefill] = {
     "balanced": LazyPrefill(),
-    "fast": LazyPrefill(((0.17, 0.1), (0.42, 0.04))),
+    "fast": LazyPrefill(((0.17, 0.1), (0.42, 0.04)), Window(queries=24, pool=31, ahead=0.5, looks_from=0.34)),
     "paper": LazyPrefill.paper(),
     "static_prune": LazyPrefill.static_prune(),
     "random_drop": LazyPrefill.random_drop(),

@@ -17,8 +17,11 @@ from lazyahead.prefill.flight import Glance, InFlight
 from lazyahead.prefill.foresight import foresee
 from lazyahead.prefill.reading import Reading, part_len
 from lazyahead.prefill.schedule import Boundary
-from lazyahead.prefill.select import around, best, demanded
+from lazyahead.prefill.select import best, demanded, quoted
 from lazyahead.prefill.stash import Stash
+
+_PER_TOKEN = 8
+"""Tokens that a later turn brings back at most for each of its own."""
 
 
 class Flight(InFlight):
@@ -166,11 +169,11 @@ class Flight(InFlight):
         if config.revive == "demand" and ranked_from > 0:
             older = waiting & (positions < ranked_from)
             if reading is None:
-                hits = demanded(scores, older, config.revive_threshold, config.revive_limit)
-                hits = waiting & around(positions, positions[hits], config.scorer.reach)  # what is quoted next
+                hits = older & (scores > config.revive_threshold)
+                hits = quoted(scores, hits, positions, waiting, config.revive_limit, config.scorer.reach)
             else:
-                limit = min(config.revive_limit * (end - reading.start), boundary.keep_count(reading.start))
-                hits = demanded(scores, older, 0.0, limit)
+                most = min(config.revive_limit, _PER_TOKEN) * (end - reading.start)
+                hits = demanded(scores, older, 0.0, min(most, boundary.keep_count(reading.start)))
             chosen |= hits
         return chosen
 

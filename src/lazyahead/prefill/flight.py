@@ -14,7 +14,7 @@ from lazyahead.hf.attention import Heads, Near
 from lazyahead.hf.cache import Growing
 from lazyahead.prefill.reading import Reading
 from lazyahead.prefill.schedule import near_layers
-from lazyahead.prefill.select import neighbours
+from lazyahead.prefill.select import quoted
 from lazyahead.session import Session
 
 
@@ -127,9 +127,11 @@ class InFlight:
         wanted: dict[int, list[Tensor]] = {}
         for boundary, paid, hits in self._glances:
             if bool(hits[row].any()):
-                stash, reach = self.session.stashes[boundary], self.config.scorer.reach
-                entries = neighbours(paid[row], hits[row], stash, self.config.revive_limit, reach)
-                wanted.setdefault(boundary, []).append(entries)
+                stash, (known,) = self.session.stashes[boundary], hits[row].shape
+                places, waiting = stash.positions[:known], stash.is_live[:known]
+                limit, reach = self.config.revive_limit, self.config.scorer.reach
+                chosen = quoted(paid[row], hits[row], places, waiting, limit, reach)
+                wanted.setdefault(boundary, []).append(chosen.nonzero()[:, 0])
         return {boundary: torch.unique(torch.cat(parts)) for boundary, parts in wanted.items()}
 
     def undo(self) -> bool:

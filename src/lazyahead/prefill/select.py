@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lazyahead.prefill.stash import Stash
-
 
 def best(scores: Tensor, pool: Tensor, protected: Tensor, count: int) -> Tensor:
     """Percentile selection as a count: the `count` best of `pool`, protected ones first and always.
@@ -30,18 +28,21 @@ def demanded(scores: Tensor, waiting: Tensor, threshold: float, limit: int) -> T
     return _first(scores.masked_fill(~hits, -torch.inf), limit)
 
 
-def around(positions: Tensor, centres: Tensor, reach: int) -> Tensor:
-    """Which of the `positions` (N,) lie within `reach` of one of the `centres` (M,): a mask (N,)."""
-    return ((positions[:, None] - centres).abs() <= reach).any(-1)
-
-
-def neighbours(paid: Tensor, hits: Tensor, stash: Stash, limit: int, reach: int) -> Tensor:
-    """Entries to bring back for one row that pays (M,) and hits (M,) the first M of them: the `limit` best hits, and
-    who waits, of the M, within `reach` positions of one."""
-    best = paid.masked_fill(~hits, -torch.inf).sort(descending=True, stable=True).indices[: min(limit, int(hits.sum()))]
-    known = paid.numel()
-    near = around(stash.positions[:known], stash.positions[best], reach)
-    return (near & stash.is_live[:known]).nonzero()[:, 0]
+def quoted(paid: Tensor, hits: Tensor, positions: Tensor, waiting: Tensor, limit: int, reach: int) -> Tensor:
+    """What comes back for one row that pays (N,) and hits (N,): of the `waiting` tokens those within `reach` of a hit,
+    at most `limit`. The best hit comes first with what stands around it, nearest first and before that what follows.
+    A mask (N,)."""
+    num_hits = min(limit, int(hits.sum()))
+    if not num_hits:
+        return torch.zeros_like(waiting)
+    centres = positions[paid.masked_fill(~hits, -torch.inf).sort(descending=True, stable=True).indices[:num_hits]]
+    ahead = positions[:, None] - centres  # (N, M)
+    ranks = torch.arange(num_hits, device=positions.device) * (2 * reach + 2) + 2 * ahead.abs() + (ahead < 0)
+    far = torch.iinfo(ranks.dtype).max
+    best = ranks.masked_fill((ahead.abs() > reach) | ~waiting[:, None], far).amin(1)
+    chosen = torch.zeros_like(waiting)
+    chosen[best.sort().indices[:limit]] = True
+    return chosen & (best < far)
 
 
 def _first(ranked: Tensor, count: int) -> Tensor:
