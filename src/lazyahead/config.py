@@ -34,9 +34,9 @@ class LazyPrefill:
     `keep_ratio` of the prompt are selected anew at every step. `never`: what was deferred stays out."""
     revive_threshold: float = 0.9
     """Demand: attention of one head that a running token must pay to a deferred one to bring it back."""
-    revive_limit: int = 32
-    """Demand: most tokens that one row may bring back at one boundary, best first, each with what waits around it
-    (`reach` of the scorer)."""
+    revive_limit: int = 8
+    """Demand: most tokens that one row may bring back in passing a boundary, best first, each with what waits around it
+    (`reach` of the scorer); four times as many where the pass is repeated for it."""
     doubt_below: float = 0.999
     """Demand, with a scorer that runs ahead: what a running token looks at further up than it waits is called back only
     where the likeliest next token is less probable than this."""

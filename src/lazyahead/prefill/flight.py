@@ -17,6 +17,9 @@ from lazyahead.prefill.schedule import near_layers
 from lazyahead.prefill.select import quoted
 from lazyahead.session import Session
 
+_REPEATED = 4
+"""Times as many tokens may come back for a pass that is repeated as in passing: such passes are rare."""
+
 
 class Glance(NamedTuple):
     """What the root and its drafts paid in one layer to tokens that wait at `boundary`."""
@@ -129,7 +132,7 @@ class InFlight:
             if bool(hits[row].any()):
                 stash, (known,) = self.session.stashes[boundary], hits[row].shape
                 places, waiting = stash.positions[:known], stash.is_live[:known]
-                limit, reach = self.config.revive_limit, self.config.scorer.reach
+                limit, reach = _REPEATED * self.config.revive_limit, self.config.scorer.reach
                 chosen = quoted(paid[row], hits[row], places, waiting, limit, reach)
                 wanted.setdefault(boundary, []).append(chosen.nonzero()[:, 0])
         return {boundary: torch.unique(torch.cat(parts)) for boundary, parts in wanted.items()}
