@@ -171,14 +171,18 @@ def _shoot(llm: LLM, token_ids: list[int], session: Session | None = None) -> tu
 
 
 def _reviving_step_ratio(llm: LLM, token_ids: list[int], runs: int) -> float | None:
-    """Steps that bring back as many tokens as the limit allows, over steps that bring back none, in alternation."""
+    """Steps that bring back in passing as many tokens as the limit allows, over steps that bring back none, in
+    alternation. No pass is repeated: that costs what a pass costs, and happens in doubt only."""
     if llm.prefill is None:
         return None
-    rules = replace(llm.prefill, revive="demand", revive_threshold=0.0), replace(llm.prefill, revive="never")
+    rules = (
+        replace(llm.prefill, revive="demand", revive_threshold=0.0, doubt_below=0.0),
+        replace(llm.prefill, revive="never"),
+    )
     sides = [LLM(llm.model, tokenizer=llm.tokenizer, prefill=rule, decode=None) for rule in rules]
     shots = [[_shoot(side, token_ids)[0].step_s for side in sides] for _ in range(runs)]
-    reviving, quiet = (float(median(steps)) for steps in zip(*shots, strict=True))
-    return reviving / quiet
+    busy, quiet = (float(median(steps)) for steps in zip(*shots, strict=True))
+    return busy / quiet
 
 
 def _peaks(subject: Subject, prefill: LazyPrefill | None, plain: bool, lengths: Sequence[int]) -> list[Peak]:
