@@ -125,6 +125,10 @@ class LazyPrefill:
         kind = scorer.pop("name", None)
         if kind not in SCORERS:
             raise ConfigError(f"no scorer is called {kind!r}; there are {', '.join(SCORERS)}")
+        unknown = sorted(values.keys() - cls.__dataclass_fields__.keys())
+        if unknown:
+            known = ", ".join(cls.__dataclass_fields__)
+            raise ConfigError(f"not a LazyPrefill profile: there is no {unknown[0]!r}; there are {known}")
         try:
             schedule = tuple((float(depth), float(ratio)) for depth, ratio in values.pop("schedule"))
             return cls(schedule=schedule, scorer=SCORERS[kind](**scorer), **values)
