@@ -88,5 +88,5 @@ def test_presets_are_named_and_an_unknown_name_lists_them():
 
 
 def test_a_setting_that_does_not_exist_is_named_with_those_that_do():
-    with pytest.raises(ConfigError, match="no 'recall_threshold'; there are .*revive_threshold"):
+    with pytest.raises(ConfigError, match=r"no 'recall_threshold'; there are .*revive_threshold"):
         LazyPrefill.from_dict({"schedule": [[0.2, 0.5]], "recall_threshold": 0.9})

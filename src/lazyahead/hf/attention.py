@@ -17,7 +17,7 @@ from lazyahead.hf.cache import LayerKV
 
 _FEW = 64
 """Up to this many rows, the query heads that share keys are folded into rows: no key is read twice."""
-_NUM_SINKS = 4
+NUM_SINKS = 4
 """First tokens of a text that every row sees: models pay them attention for nothing."""
 _NEAR_BLOCK = 256
 """Rows per block where rows see only what is near: larger ones see more that is not."""
@@ -174,11 +174,11 @@ def _attend_near(query: Tensor, kv: LayerKV, rows: Rows, near: Near, heads: Head
     while start < num_near:
         size = min(near.num_tokens if first + start == 0 else _NEAR_BLOCK, num_near - start)
         low, end = first + start + 1 - near.num_tokens, first + start + size
-        parts = (slice(0, end),) if low <= _NUM_SINKS else (slice(0, _NUM_SINKS), slice(low, end))
+        parts = (slice(0, end),) if low <= NUM_SINKS else (slice(0, NUM_SINKS), slice(low, end))
         keys, values = (torch.cat([of[:, :, part] for part in parts], 2) for of in (kv.keys, kv.values))
         if mask is None or len(parts) == 1 or mask.shape != (size, keys.shape[2]):  # further on all blocks look alike
             queries, places = rows.positions[start : start + size, None], torch.cat([kv.positions[at] for at in parts])
-            mask = (places <= queries) & ((places > queries - near.num_tokens) | (places < _NUM_SINKS))
+            mask = (places <= queries) & ((places > queries - near.num_tokens) | (places < NUM_SINKS))
             bias = query.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
         block = query[:, :, start : start + size]
         if heads.softcap is not None or heads.sinks is not None:

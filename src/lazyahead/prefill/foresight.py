@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from lazyahead.hf.ahead import Standing, run_ahead
+from lazyahead.hf.attention import NUM_SINKS
 from lazyahead.hf.rows import Flight, Pass
 from lazyahead.prefill.score import Scorer
 from lazyahead.prefill.stash import Stash
 from lazyahead.session import Session
 
-_NUM_NEAR, _NUM_SINKS = 256, 4
+_NUM_NEAR = 256
 
 
 class Foreseen(NamedTuple):
@@ -70,5 +71,5 @@ def foresee(
 def _near(still: Standing, first: int) -> Standing:
     """Of the tokens that stand still those that a row from position `first` on needs to know what it says: some before
     it, and the first few, which every row pays something for nothing."""
-    near = (still.positions >= first - _NUM_NEAR) | (still.positions < _NUM_SINKS)
+    near = (still.positions >= first - _NUM_NEAR) | (still.positions < NUM_SINKS)
     return Standing(*(field[near] for field in still))
