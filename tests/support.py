@@ -1,4 +1,5 @@
-"""What tests of the engine share: tiny models, a driver, drafters that guess as they are told, and a slow reference."""
+"""What tests of the engine share: tiny models, a driver, drafters that guess as they are told, and
+a slow reference."""
 
 from __future__ import annotations
 
@@ -14,31 +15,46 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lazyahead.cache.session import Session
 from lazyahead.config import LazyPrefill, Lookahead
 from lazyahead.draft.drafter import Drafter
 from lazyahead.draft.tree import ROOT, Draft, Source
-from lazyahead.engine import Engine, Request
-from lazyahead.hf.anatomy import Anatomy
-from lazyahead.hf.forward import Runner
+from lazyahead.engine.engine import Engine, Request
+from lazyahead.hf.model_spec import ModelSpec
 from lazyahead.hf.probe import examine
-from lazyahead.prefill.schedule import near_layers
-from lazyahead.prefill.score import LastToken, Window
+from lazyahead.hf.runner import Runner
+from lazyahead.prefill.schedule import num_local_layers
+from lazyahead.prefill.score import AheadRange, LastToken, Window
 from lazyahead.sampling import Picker
-from lazyahead.session import Session
 
 torch.set_num_threads(1)  # for models this small a second thread costs more than it brings
 
 LAZY = LazyPrefill(
-    schedule=((0.3, 0.5), (0.6, 0.3)), min_tokens=0, protect_last=4, scorer=Window(4, 3), revive_threshold=0.1
+    schedule=((0.3, 0.5), (0.6, 0.3)),
+    min_tokens=0,
+    protect_last=4,
+    scorer=Window(4, 3),
+    revive_threshold=0.1,
 )
-"""As the default, small enough for 40 tokens; random weights make nearly every token ask for a revival."""
+"""As the default, small enough for 40 tokens; random weights make nearly every token ask for a
+revival."""
 CALM = LazyPrefill(
-    schedule=((0.3, 0.6), (0.6, 0.4)), min_tokens=0, protect_last=4, scorer=Window(4, 3), revive_threshold=0.3
+    schedule=((0.3, 0.6), (0.6, 0.4)),
+    min_tokens=0,
+    protect_last=4,
+    scorer=Window(4, 3),
+    revive_threshold=0.3,
 )
 """The same, but few tokens ask, so that drafts are long."""
-KEEP_ALL = LazyPrefill(schedule=((0.3, 1.0), (0.6, 1.0)), min_tokens=0, protect_last=4, scorer=Window(4, 3))
+KEEP_ALL = LazyPrefill(
+    schedule=((0.3, 1.0), (0.6, 1.0)), min_tokens=0, protect_last=4, scorer=Window(4, 3)
+)
 FAST = LazyPrefill(
-    schedule=((0.25, 0.25), (0.5, 0.1)), min_tokens=0, protect_last=2, scorer=LastToken(), revive_limit=3
+    schedule=((0.25, 0.25), (0.5, 0.1)),
+    min_tokens=0,
+    protect_last=2,
+    scorer=LastToken(),
+    revive_limit=3,
 )
 PREFILLS: dict[str, LazyPrefill | None] = {
     "none": None,
@@ -46,7 +62,7 @@ PREFILLS: dict[str, LazyPrefill | None] = {
     "lazy": LAZY,
     "calm": CALM,
     "fast": FAST,
-    "ahead": replace(LAZY, scorer=Window(4, 3, ahead=0.9), revive_threshold=0.2),
+    "score_to_depth": replace(LAZY, scorer=Window(4, 3, score_to_depth=0.9), revive_threshold=0.2),
     "paper": LazyPrefill.paper(),
     "static_prune": LazyPrefill(((0.25, 0.5),), LastToken(), revive="never", min_tokens=0),
     "random_drop": replace(LazyPrefill.random_drop(), min_tokens=0),
@@ -54,18 +70,20 @@ PREFILLS: dict[str, LazyPrefill | None] = {
 
 
 @cache
-def tiny(family: str) -> tuple[PreTrainedModel, Anatomy]:
+def tiny(family: str) -> tuple[PreTrainedModel, ModelSpec]:
     """A tiny model of the family and its parts."""
     model = families.FAMILIES[family]()
-    anatomy = examine(model)[1]
-    assert anatomy is not None
-    return model, anatomy
+    spec = examine(model)[1]
+    assert spec is not None
+    return model, spec
 
 
 def prompts(*lengths: int, seed: int = 1, low: int = 1) -> list[list[int]]:
     """Random prompts of these lengths."""
     rng = random.Random(seed)
-    return [[rng.randrange(low, families.VOCAB_SIZE - 3) for _ in range(length)] for length in lengths]
+    return [
+        [rng.randrange(low, families.VOCAB_SIZE - 3) for _ in range(length)] for length in lengths
+    ]
 
 
 @cache
@@ -73,19 +91,28 @@ def plain_answer(family: str, prompt: tuple[int, ...], num_tokens: int) -> list[
     """What transformers' own greedy `generate` says."""
     ids = torch.tensor([prompt])
     model = tiny(family)[0]
-    out = model.generate(ids, max_new_tokens=num_tokens, do_sample=False, attention_mask=torch.ones_like(ids))
+    out = model.generate(
+        ids, max_new_tokens=num_tokens, do_sample=False, attention_mask=torch.ones_like(ids)
+    )
     return out[0, len(prompt) :].tolist()
 
 
 def engine_for(
-    family: str, prefill: LazyPrefill | None = None, drafter: Drafter | None = None, stall: int = 512
+    family: str,
+    prefill: LazyPrefill | None = None,
+    drafter: Drafter | None = None,
+    stall: int = 512,
 ) -> Engine:
     decode = None if drafter is None else Lookahead()
-    return Engine(Runner(*tiny(family)), prefill, decode, drafter=drafter, max_stall_rows=stall)
+    return Engine(Runner(*tiny(family)), prefill, decode, drafter=drafter, prefill_chunk_size=stall)
 
 
 def request_for(
-    engine: Engine, prompt: Sequence[int], num_tokens: int = 8, session: Session | None = None, **options: Any
+    engine: Engine,
+    prompt: Sequence[int],
+    num_tokens: int = 8,
+    session: Session | None = None,
+    **options: Any,
 ) -> Request:
     """A request that the engine has not heard of yet."""
     prefill = engine.prefill
@@ -99,7 +126,9 @@ def request_for(
     )
 
 
-def finish(engine: Engine, requests: Sequence[Request], after_step: Callable[[], None] = lambda: None) -> None:
+def finish(
+    engine: Engine, requests: Sequence[Request], after_step: Callable[[], None] = lambda: None
+) -> None:
     """Submits requests and steps until all have ended."""
     with engine:
         for request in requests:
@@ -124,14 +153,15 @@ def answer(
     return request
 
 
-# --- drafters that guess as they are told -----------------------------------------------------------------------------
+# --- drafters that guess as they are told ---------------------------------------------------------
 
 BEHAVIOURS = ("never", "always", "sometimes", "adversarial")
 
 
 @dataclass
 class FakeDrafter:
-    """Knows the answers to prompts (as text after text) and is right as often as its behaviour says."""
+    """Knows the answers to prompts (as text after text) and is right as often as its behaviour
+    says."""
 
     behaviour: str
     answers: dict[tuple[int, ...], Sequence[int]] = field(default_factory=dict)
@@ -162,7 +192,9 @@ class FakeRequest:
             case "always":
                 return _chain(known[len(self.written) :][:max_nodes])
             case "never":
-                return _chain([(token + 1) % families.VOCAB_SIZE for token in truth][: min(max_nodes, 6)])
+                return _chain(
+                    [(token + 1) % families.VOCAB_SIZE for token in truth][: min(max_nodes, 6)]
+                )
             case "sometimes":
                 return self._half_right(truth, min(max_nodes, 12))
             case _:
@@ -192,7 +224,8 @@ class FakeRequest:
         return Draft(token_ids, parents)
 
     def _adversarial(self, truth: Sequence[int], num_nodes: int) -> Draft:
-        """A random forest that holds the truth in places, twice in others, token 0 and what else breaks things."""
+        """A random forest that holds the truth in places, twice in others, token 0 and what else
+        breaks things."""
         token_ids, parents, depths = list[int](), list[int](), list[int]()
         for node in range(self.rng.randrange(num_nodes + 1)):
             parent = self.rng.randrange(max(ROOT, node - 4), node)
@@ -209,14 +242,18 @@ def _chain(tokens: Sequence[int]) -> Draft:
 
 
 def fake(
-    behaviour: str, family: str, prefill: LazyPrefill | None, texts: Sequence[Sequence[int]], **options: Any
+    behaviour: str,
+    family: str,
+    prefill: LazyPrefill | None,
+    texts: Sequence[Sequence[int]],
+    **options: Any,
 ) -> Any:
     """A fake that knows how the engine answers these prompts without drafts."""
     answers = {tuple(text): answer(family, text, prefill, **options).answer for text in texts}
     return FakeDrafter(behaviour, answers)
 
 
-# --- what must hold for every session ---------------------------------------------------------------------------------
+# --- what must hold for every session -------------------------------------------------------------
 
 
 def check_invariants(session: Session) -> None:
@@ -249,35 +286,47 @@ class Recorder:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         self.keys, self.values = keys, values
         return keys, values
 
 
 class ByHand:
-    """Recomputes, layer by layer and by transformers' own layers, what a session has computed pass by pass.
+    """Recomputes, layer by layer and by transformers' own layers, what a session has computed pass
+    by pass.
 
-    It takes from the session only which positions were computed where and when; states, keys and values are its own.
+    It takes from the session only which positions were computed where and when; states, keys and
+    values are its own.
     """
 
     def __init__(self, family: str) -> None:
         self.family = family
-        self.model, anatomy = tiny(family)
-        self.layers = anatomy.layers
-        self.windows = [families.WINDOW if kind == "sliding_attention" else 0 for kind in anatomy.layer_types]
+        self.model, spec = tiny(family)
+        self.layers = spec.layers
+        self.windows = [
+            families.WINDOW if kind == "sliding_attention" else 0 for kind in spec.layer_types
+        ]
         self.states: list[dict[int, Tensor]] = [{} for _ in range(len(self.layers) + 1)]
         self.keys: list[dict[int, Tensor]] = [{} for _ in self.layers]
         self.values: list[dict[int, Tensor]] = [{} for _ in self.layers]
-        self.near: dict[int, int] = {}  # of positions that attend only to so many before them, in the first layers
+        self.near: dict[
+            int, int
+        ] = {}  # of positions that attend only to so many before them, in the first layers
         self.num_near_layers = 0
         self.num_checked = 0
 
     def reads_near(self, session: Session, config: LazyPrefill, end: int) -> None:
         """A turn up to `end` begins, whose first layers look only at what is near."""
         placed = list(session.boundaries.values())
-        self.num_near_layers = near_layers(placed, session.num_layers, config.scorer.looks_from)
-        until = end - max(config.protect_last, config.scorer.queries) if config.near else 0
-        self.near |= dict.fromkeys(range(len(session), until), config.near)
+        self.num_near_layers = num_local_layers(
+            placed, session.num_layers, AheadRange.of(config.scorer).start
+        )
+        until = (
+            end - max(config.protect_last, config.scorer.window_size) if config.local_window else 0
+        )
+        self.near |= dict.fromkeys(range(len(session), until), config.local_window)
 
     @torch.no_grad()
     def follow(self, session: Session) -> None:
@@ -310,8 +359,13 @@ class ByHand:
         if layer < self.num_near_layers and not self.windows[layer]:
             spans = torch.tensor([self.near.get(position, 10**6) for position in order])
             mask &= (places[:, None] - places[None] < spans[:, None]) | (places < 4)
-        bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[None, None]
-        recorder, hidden = Recorder(), torch.stack([self.states[layer][position] for position in order])[None]
+        bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[
+            None, None
+        ]
+        recorder, hidden = (
+            Recorder(),
+            torch.stack([self.states[layer][position] for position in order])[None],
+        )
         out = self._call(layer, hidden, places, bias, recorder)
         assert recorder.keys is not None
         assert recorder.values is not None
@@ -322,11 +376,17 @@ class ByHand:
             self.values[layer][position] = recorder.values[0, :, row]
             self.states[layer + 1][position] = out[row]
             slot = positions.index(position)
-            torch.testing.assert_close(kv.keys[0, :, slot], recorder.keys[0, :, row], atol=2e-4, rtol=1e-3)
-            torch.testing.assert_close(kv.values[0, :, slot], recorder.values[0, :, row], atol=2e-4, rtol=1e-3)
+            torch.testing.assert_close(
+                kv.keys[0, :, slot], recorder.keys[0, :, row], atol=2e-4, rtol=1e-3
+            )
+            torch.testing.assert_close(
+                kv.values[0, :, slot], recorder.values[0, :, row], atol=2e-4, rtol=1e-3
+            )
             self.num_checked += 1
 
-    def _call(self, layer: int, hidden: Tensor, places: Tensor, bias: Tensor, recorder: Recorder) -> Tensor:
+    def _call(
+        self, layer: int, hidden: Tensor, places: Tensor, bias: Tensor, recorder: Recorder
+    ) -> Tensor:
         module, config = self.layers[layer], self.model.config
         tables = self._kwargs[layer].get("position_embeddings")
         before, config._attn_implementation = config._attn_implementation, "eager"
@@ -336,7 +396,9 @@ class ByHand:
                 attention_mask=bias,
                 position_ids=places[None],
                 past_key_values=recorder,
-                position_embeddings=None if tables is None else tuple(table[:, places] for table in tables),
+                position_embeddings=None
+                if tables is None
+                else tuple(table[:, places] for table in tables),
             )
         finally:
             config._attn_implementation = before
@@ -355,9 +417,11 @@ class _SeenError(Exception):
     """Enough was seen of a forward."""
 
 
-def _entries(family: str, ids: list[list[int]], num_layers: int = 1) -> list[tuple[Tensor, dict[str, Any]]]:
+def _entries(
+    family: str, ids: list[list[int]], num_layers: int = 1
+) -> list[tuple[Tensor, dict[str, Any]]]:
     """What the first layers of the model are called with."""
-    model, anatomy = tiny(family)
+    model, spec = tiny(family)
     found: list[tuple[Tensor, dict[str, Any]]] = []
 
     def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -365,7 +429,7 @@ def _entries(family: str, ids: list[list[int]], num_layers: int = 1) -> list[tup
         if len(found) == num_layers:
             raise _SeenError
 
-    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in anatomy.layers]
+    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in spec.layers]
     try:
         with suppress(_SeenError), torch.no_grad():
             model(input_ids=torch.tensor(ids), use_cache=False)

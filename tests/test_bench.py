@@ -17,7 +17,15 @@ from lazyahead.llm import LLM
 from lazyahead.prefill.schedule import LayerShape, prefill_flops
 from lazyahead.sampling import Sampling
 
-CONTRACT = {"length", "baseline_ttft_s", "ttft_s", "speedup", "ideal_speedup", "efficiency", "keep_all_ratio"}
+CONTRACT = {
+    "length",
+    "baseline_ttft_s",
+    "ttft_s",
+    "speedup",
+    "ideal_speedup",
+    "efficiency",
+    "keep_all_ratio",
+}
 CONTRACT |= {"peak_memory_ratio"}
 
 
@@ -36,13 +44,25 @@ def test_bench_prefill_fulfils_its_contract(capsys):
 
 
 def test_the_table_has_a_row_for_each_length(capsys):
-    options = ["--shape", "tiny", "--lengths", "300", "--runs", "1", "--no-memory", "--prefill", "off"]
+    options = [
+        "--shape",
+        "tiny",
+        "--lengths",
+        "300",
+        "--runs",
+        "1",
+        "--no-memory",
+        "--prefill",
+        "off",
+    ]
     assert run(["bench", "prefill", *options]) == 0
     assert "300" in capsys.readouterr().out
 
 
 def test_with_nothing_deferred_no_speedup_is_ideal():
-    _, (row, longer) = measure_prefill(Subject(shape="tiny"), None, [300, 280], runs=1, memory=False)
+    _, (row, longer) = measure_prefill(
+        Subject(shape="tiny"), None, [300, 280], runs=1, memory=False
+    )
     assert (row.length, longer.length) == (280, 300)
     assert row.ideal_speedup == 1.0
     assert row.prompt_tokens_computed == 1.0
@@ -52,7 +72,9 @@ def test_with_nothing_deferred_no_speedup_is_ideal():
 
 def test_the_ideal_speedup_counts_what_was_computed():
     half = replace(LazyPrefill(), schedule=((0.5, 0.5),), protect_first=0, protect_last=1)
-    _, (row,) = measure_prefill(Subject(shape="tiny", dtype="float32"), half, [400], runs=1, memory=False)
+    _, (row,) = measure_prefill(
+        Subject(shape="tiny", dtype="float32"), half, [400], runs=1, memory=False
+    )
     model = build_shape("tiny", torch.float32)
     layer = model.model.layers[0]
     shape = LayerShape(sum(p.numel() for p in layer.parameters()), 64)
@@ -64,7 +86,9 @@ def test_a_baseline_run_gives_what_generate_gives():
     model = build_shape("tiny", torch.float32)
     ids = random_prompt(LLM(model, prefill=None), 20)
     given = run_baseline(model, ids, Sampling(max_new_tokens=5))
-    expected = model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False, pad_token_id=0)
+    expected = model.generate(
+        torch.tensor([ids]), max_new_tokens=5, do_sample=False, pad_token_id=0
+    )
     assert list(given.token_ids) == expected[0, 20:].tolist()
     assert given.ttft_s > 0
     assert given.decode_s > 0

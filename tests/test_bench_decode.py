@@ -1,4 +1,5 @@
-"""`lazyahead bench decode` and `bench replay`: the contracts of their JSON, on models too small to be fast."""
+"""`lazyahead bench decode` and `bench replay`: the contracts of their JSON, on models too small to
+be fast."""
 
 import json
 
@@ -11,7 +12,18 @@ from lazyahead.cli import run
 COMMON = {"lazyahead", "machine", "model", "config", "seed", "runs"}
 SPEEDS = {"baseline_tok_s", "plain_tok_s", "lookahead_tok_s", "prompt_lookup_tok_s"}
 CONTRACT = SPEEDS | {"workload", "speedup", "tokens_per_step", "draft_us_per_token", "identical"}
-QUICK = ("--runs", "1", "--answers", "1", "--max-new-tokens", "12", "--length", "256", "--dtype", "float32")
+QUICK = (
+    "--runs",
+    "1",
+    "--answers",
+    "1",
+    "--max-new-tokens",
+    "12",
+    "--length",
+    "256",
+    "--dtype",
+    "float32",
+)
 TEXT = "The code of the red door is 417. The code of the blue door is 418. "
 
 
@@ -90,8 +102,13 @@ def test_users_bring_texts_and_spec_bench_files(model, tmp_path, last_json):
         {"category": "math", "prompt": TEXT * 2},
     ]
     (tmp_path / "spec.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    values = last_json("decode", "-m", model, *QUICK, "--answers", "2", "--prompts", str(tmp_path / "spec.jsonl"))
-    assert [(row["workload"], row["num_prompts"]) for row in values["rows"]] == [("writing", 1), ("math", 2)]
+    values = last_json(
+        "decode", "-m", model, *QUICK, "--answers", "2", "--prompts", str(tmp_path / "spec.jsonl")
+    )
+    assert [(row["workload"], row["num_prompts"]) for row in values["rows"]] == [
+        ("writing", 1),
+        ("math", 2),
+    ]
 
 
 def test_people_get_a_table(model, capsys):
@@ -107,23 +124,35 @@ def test_replay_compares_drafters_without_a_model(last_json):
     assert rows["none"]["tokens_per_step"] == 1
     assert rows["trie"]["tokens_per_step"] > rows["prompt_lookup"]["tokens_per_step"] > 1
     for row in rows.values():
-        assert row.keys() >= {"acceptance", "draft_us_per_token", "index_us_per_token", "ideal_speedup"}
+        assert row.keys() >= {
+            "acceptance",
+            "draft_us_per_token",
+            "index_us_per_token",
+            "ideal_speedup",
+        }
 
 
 def test_replay_takes_texts_pairs_and_row_costs(tmp_path, last_json):
     (tmp_path / "a.txt").write_text(TEXT * 40)
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": TEXT * 3, "answer": TEXT}))
     (tmp_path / "cost.json").write_text('{"row_cost": [[1, 0.01], [2, 0.02]]}')
-    text = last_json("replay", "--text", str(tmp_path / "a.txt"), "--answers", "2", "--answer-length", "32")
+    text = last_json(
+        "replay", "--text", str(tmp_path / "a.txt"), "--answers", "2", "--answer-length", "32"
+    )
     assert text["config"]["answers"] == 2
     assert text["rows"][0]["tokens_per_step"] > 4
     options = ("replay", "--text", str(tmp_path / "a.jsonl"))
     assert last_json(*options)["rows"][0]["rows_per_step"] > 2
-    assert last_json(*options, "--row-cost", str(tmp_path / "cost.json"))["rows"][0]["rows_per_step"] == 1
+    assert (
+        last_json(*options, "--row-cost", str(tmp_path / "cost.json"))["rows"][0]["rows_per_step"]
+        == 1
+    )
 
 
 def test_replay_times_drafting_behind_long_contexts(last_json):
-    contexts = last_json("replay", "--answers", "2", "--length", "512", "--lengths", "512,1024")["contexts"]
+    contexts = last_json("replay", "--answers", "2", "--length", "512", "--lengths", "512,1024")[
+        "contexts"
+    ]
     assert [(row["length"], row["memory_tokens"] > 0) for row in contexts] == [
         (512, False),
         (1024, False),

@@ -1,4 +1,5 @@
-"""`lazyahead bench quality`: its contract, its baselines at equal cost, its pictures; prompts as short as can be."""
+"""`lazyahead bench quality`: its contract, its baselines at equal cost, its pictures; prompts as
+short as can be."""
 
 import json
 from dataclasses import replace
@@ -15,7 +16,15 @@ from lazyahead.config import PRESETS, LazyPrefill
 from lazyahead.prefill.schedule import LayerShape, prefill_flops
 
 COMMON = {"lazyahead", "machine", "model", "config", "seed", "runs"}
-CONTRACT = {"category", "method", "score", "relative", "ttft_speedup", "prompt_tokens_computed", "generation_speedup"}
+CONTRACT = {
+    "category",
+    "method",
+    "score",
+    "relative",
+    "ttft_speedup",
+    "prompt_tokens_computed",
+    "generation_speedup",
+}
 SHORT = ("--length", "320", "--runs", "1", "--n", "1", "--dtype", "float32")
 COST = Cost((True,) * 12, LayerShape(num_weights=300_000, attention_width=192), 4096)
 
@@ -39,7 +48,9 @@ def refusal(capsys, *options: str) -> str:
 
 
 def test_the_contract_is_fulfilled_and_keeping_everything_changes_nothing(capsys, profile):
-    values = measure(capsys, "--categories", "few_shot,code", "--prefill", profile, "--prefill", "fast")
+    values = measure(
+        capsys, "--categories", "few_shot,code", "--prefill", profile, "--prefill", "fast"
+    )
     assert values.keys() >= COMMON
     methods = [
         ("full", "off"),
@@ -52,7 +63,9 @@ def test_the_contract_is_fulfilled_and_keeping_everything_changes_nothing(capsys
     assert [(row["category"], row["method"], row["prefill"]) for row in rows] == [
         (category, *method) for category in ("few_shot", "code") for method in methods
     ]
-    assert [(row["category"], row["method"]) for row in values["averages"]] == [("average", m) for m, _ in methods]
+    assert [(row["category"], row["method"]) for row in values["averages"]] == [
+        ("average", m) for m, _ in methods
+    ]
     for row in rows:
         assert row.keys() >= CONTRACT
         assert 0 <= row["score"] <= 1
@@ -65,11 +78,15 @@ def test_the_contract_is_fulfilled_and_keeping_everything_changes_nothing(capsys
             assert row["relative"] == (1.0 if row["score"] else None)
         if row["method"] == "full":
             assert row["ttft_speedup"] == row["generation_speedup"] == 1.0
-    assert [way["ideal_speedup"] for way in values["config"]["prefill"]] == pytest.approx([1, 4, 1, 1], abs=0.5)
+    assert [way["ideal_speedup"] for way in values["config"]["prefill"]] == pytest.approx(
+        [1, 4, 1, 1], abs=0.5
+    )
 
 
 def test_drafting_changes_no_answer(capsys, profile):
-    values = measure(capsys, "--categories", "few_shot", "--prefill", profile, "--decode", "lookahead")
+    values = measure(
+        capsys, "--categories", "few_shot", "--prefill", profile, "--decode", "lookahead"
+    )
     assert values["config"]["decode"]["branch_length"] > 0
     assert [row["agree"] for row in values["rows"] if row["method"] == "lazy"] == [1.0]
 
@@ -167,11 +184,27 @@ def test_a_sweep_goes_from_weak_to_strong():
 def test_a_sweep_is_measured_and_drawn(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "DEPTH_SCALES", (1.0,))
     folder = tmp_path / "new" / "pictures"
-    options = ("--categories", "few_shot", "--prefill", "balanced", "--figures", str(folder), "--sweep", "6")
+    options = (
+        "--categories",
+        "few_shot",
+        "--prefill",
+        "balanced",
+        "--figures",
+        str(folder),
+        "--sweep",
+        "6",
+    )
     points = measure(capsys, *options)["sweep"]
     cuts = [point for point in points if point["method"] == "one_cut"]
-    assert [(point["layer"], point["keep_ratio"]) for point in cuts] == [(6, ratio) for ratio in KEEP_RATIOS]
-    assert {point["method"] for point in points} == {"lazy", "random_drop", "static_prune", "one_cut"}
+    assert [(point["layer"], point["keep_ratio"]) for point in cuts] == [
+        (6, ratio) for ratio in KEEP_RATIOS
+    ]
+    assert {point["method"] for point in points} == {
+        "lazy",
+        "random_drop",
+        "static_prune",
+        "one_cut",
+    }
     assert all(point["ttft_speedup"] > 0 for point in points)
     assert all(path.stat().st_size > 1000 for path in folder.iterdir())
     assert {path.name for path in folder.iterdir()} == {"quality-speedup.png", "quality-layers.png"}
@@ -184,7 +217,9 @@ def test_pictures_are_small_and_bear_missing_scores(tmp_path):
         for layer, relative in ((2, 0.4), (6, 1.3), (8, None))
         for ratio in KEEP_RATIOS
     ]
-    preset = QualityRow("average", "lazy", "fast", 1, 0.9, 0.9, 1, 1, 2, 2, 0.5, 3, 400, 20, None, None)
+    preset = QualityRow(
+        "average", "lazy", "fast", 1, 0.9, 0.9, 1, 1, 2, 2, 0.5, 3, 400, 20, None, None
+    )
     for path in figures.draw_figures(tmp_path, "a model, 384 tokens", points, [preset]):
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size < 40_000

@@ -1,4 +1,5 @@
-"""What holds for every session whatever happens to it: nothing computed twice, nothing lost, every key as by hand."""
+"""What holds for every session whatever happens to it: nothing computed twice, nothing lost, every
+key as by hand."""
 
 import copy
 import random
@@ -34,8 +35,13 @@ few = settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @st.composite
 def configs(draw):
     """Any schedule, scorer and rule of revival that means something."""
-    depths = sorted(draw(st.sets(st.sampled_from([0.25, 0.3, 0.5, 0.6, 0.75, 0.9]), min_size=1, max_size=3)))
-    ratios = sorted(draw(st.lists(st.floats(0.05, 1.0), min_size=len(depths), max_size=len(depths))), reverse=True)
+    depths = sorted(
+        draw(st.sets(st.sampled_from([0.25, 0.3, 0.5, 0.6, 0.75, 0.9]), min_size=1, max_size=3))
+    )
+    ratios = sorted(
+        draw(st.lists(st.floats(0.05, 1.0), min_size=len(depths), max_size=len(depths))),
+        reverse=True,
+    )
     scorer = draw(
         st.sampled_from(
             [
@@ -43,14 +49,18 @@ def configs(draw):
                 Window(4, 3),
                 Window(1, 1),
                 Window(9, 5),
-                Window(5, 3, ahead=0.8),
-                Window(5, 3, ahead=0.8, looks_from=0.6),
+                Window(5, 3, score_to_depth=0.8),
+                Window(5, 3, score_to_depth=0.8, score_from_depth=0.6),
                 Random(3),
             ]
         )
     )
-    revive = "never" if scorer.queries == 0 else draw(st.sampled_from(["demand", "percentile", "never"]))
-    if scorer.queries == 0 and draw(st.booleans()):
+    revive = (
+        "never"
+        if scorer.window_size == 0
+        else draw(st.sampled_from(["demand", "percentile", "never"]))
+    )
+    if scorer.window_size == 0 and draw(st.booleans()):
         depths[0] = 0.0
     return LazyPrefill(
         schedule=tuple(zip(depths, ratios, strict=True)),
@@ -58,8 +68,8 @@ def configs(draw):
         revive=revive,
         revive_threshold=draw(st.sampled_from([0.0, 0.05, 0.3, 0.9])),
         revive_limit=draw(st.integers(0, 20)),
-        doubt_below=draw(st.sampled_from([0.1, 0.5, 1.0])),
-        near=draw(st.sampled_from([0, 0, 6, 15])),
+        recall_below_prob=draw(st.sampled_from([0.1, 0.5, 1.0])),
+        local_window=draw(st.sampled_from([0, 0, 6, 15])),
         protect_first=draw(st.integers(0, 5)),
         protect_last=draw(st.integers(0, 9)),
         min_tokens=draw(st.sampled_from([0, 0, 15])),
@@ -110,9 +120,15 @@ class Life:
     st.sampled_from(BEHAVIOURS),
     st.sampled_from([5, 16, 512]),
     st.integers(0, 99),
-    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 7), st.integers(0, 100)), min_size=1, max_size=3),
+    st.lists(
+        st.tuples(st.integers(1, 30), st.integers(1, 7), st.integers(0, 100)),
+        min_size=1,
+        max_size=3,
+    ),
 )
-def test_every_key_of_a_session_is_computed_once_and_as_by_hand(family, config, behaviour, stall, seed, turns):
+def test_every_key_of_a_session_is_computed_once_and_as_by_hand(
+    family, config, behaviour, stall, seed, turns
+):
     life = Life(family, config, behaviour, stall, seed)
     for num_new, num_tokens, cut in turns:
         life.turn(num_new, num_tokens)
@@ -138,7 +154,9 @@ def test_after_a_prefill_deeper_layers_hold_fewer_tokens_and_the_schedule_says_h
 
 
 def test_a_question_is_never_deferred_and_the_last_token_always_goes_on():
-    config = LazyPrefill(((0.25, 0.01),), LastToken(), revive="never", protect_first=2, protect_last=0, min_tokens=0)
+    config = LazyPrefill(
+        ((0.25, 0.01),), LastToken(), revive="never", protect_first=2, protect_last=0, min_tokens=0
+    )
     engine = engine_for("llama", config)
     request = request_for(engine, list(range(2, 42)), 1, question=(10, 15))
     finish(engine, [request])
@@ -151,7 +169,9 @@ def test_tokens_that_score_alike_are_chosen_by_place_whatever_shares_the_pass():
     (prompt,) = prompts(40)
     held = []
     for behaviour in ("never", "always"):
-        request = answer("gemma3", prompt, paper, fake(behaviour, "gemma3", paper, [prompt], num_tokens=16), 16)
+        request = answer(
+            "gemma3", prompt, paper, fake(behaviour, "gemma3", paper, [prompt], num_tokens=16), 16
+        )
         held.append([sorted(kv.positions.tolist()) for kv in request.session.kv])
     assert held[0] == held[1]
 
@@ -162,7 +182,7 @@ class Spy:
 
     queries: int
     ahead: float
-    looks_from: float = 0.0
+    score_from_depth: float = 0.0
     reach: int = 0
     seen: list[torch.Tensor] = field(default_factory=list)
 
@@ -173,26 +193,32 @@ class Spy:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_that_run_ahead_with_none_left_behind_see_what_the_model_will_see(family):
-    model, anatomy = tiny(family)
-    spy, prompt = Spy(queries=12, ahead=0.99), prompts(12)[0]
+    model, spec = tiny(family)
+    spy, prompt = Spy(window_size=12, score_to_depth=0.99), prompts(12)[0]
     request = answer(family, prompt, LazyPrefill(((0.5, 0.99),), spy, min_tokens=0), num_tokens=1)
     plain = copy.deepcopy(model)  # to collect attentions transformers hooks a model for good
     plain.set_attn_implementation("eager")
     with torch.no_grad():
         attentions = plain(torch.tensor([prompt]), output_attentions=True).attentions
     (boundary,) = request.session.boundaries
-    visited = [at for at in range(boundary, anatomy.num_layers - 1) if anatomy.attends_fully[at]]
-    expected = torch.stack([attentions[at][0].mean(0) for at in visited]).amax(0) if visited else torch.zeros(12, 12)
+    visited = [at for at in range(boundary, spec.num_layers - 1) if spec.attends_fully[at]]
+    expected = (
+        torch.stack([attentions[at][0].mean(0) for at in visited]).amax(0)
+        if visited
+        else torch.zeros(12, 12)
+    )
     torch.testing.assert_close(spy.seen[-1][0], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_running_ahead_changes_which_tokens_are_kept_and_nothing_else():
     prompt = prompts(60)[0]
     config = LazyPrefill(((0.25, 1.0),), Window(4, 3), "never", min_tokens=0)
-    ahead = replace(config, scorer=Window(4, 3, ahead=0.9))
+    ahead = replace(config, scorer=Window(4, 3, score_to_depth=0.9))
     assert answer("llama", prompt, config).answer == answer("llama", prompt, ahead).answer
     kept = [
-        answer("llama", prompt, replace(chosen, schedule=((0.25, 0.4),), protect_last=1)).session.kv[1].positions
+        answer("llama", prompt, replace(chosen, schedule=((0.25, 0.4),), protect_last=1))
+        .session.kv[1]
+        .positions
         for chosen in (config, ahead)
     ]
     assert kept[0].numel() == kept[1].numel()

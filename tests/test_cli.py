@@ -1,4 +1,5 @@
-"""The commands: contracts of their JSON, exit codes, and what happens to bad input and impatient users."""
+"""The commands: contracts of their JSON, exit codes, and what happens to bad input and impatient
+users."""
 
 import json
 import os
@@ -43,8 +44,17 @@ def refused(capsys, *arguments: str) -> str:
 
 
 def test_generate_fulfils_its_contract(model, last_json):
-    values = last_json("generate", TEXT * 3, "-q", "What?", "-m", model, "--max-new-tokens", "5", "--seed", "3")
-    fields = {"text", "ttft_s", "decode_s", "prompt_tokens", "prompt_tokens_computed", "answer_tokens"}
+    values = last_json(
+        "generate", TEXT * 3, "-q", "What?", "-m", model, "--max-new-tokens", "5", "--seed", "3"
+    )
+    fields = {
+        "text",
+        "ttft_s",
+        "decode_s",
+        "prompt_tokens",
+        "prompt_tokens_computed",
+        "answer_tokens",
+    }
     assert values.keys() >= COMMON | fields | {"tokens_per_step", "revived"}
     assert (values["answer_tokens"], values["seed"], values["runs"]) == (5, 3, 1)
     assert values["model"] == model
@@ -52,7 +62,9 @@ def test_generate_fulfils_its_contract(model, last_json):
 
 
 def test_with_nothing_deferred_both_sides_write_the_same_text(model, last_json):
-    values = last_json("generate", TEXT, "-m", model, "--prefill", "off", "--max-new-tokens", "6", "--compare")
+    values = last_json(
+        "generate", TEXT, "-m", model, "--prefill", "off", "--max-new-tokens", "6", "--compare"
+    )
     assert values["same_text"] is True
     assert values["text"] == values["baseline"]["text"]
     assert values["baseline"].keys() == {"text", "ttft_s", "decode_s"}
@@ -62,7 +74,10 @@ def test_with_nothing_deferred_both_sides_write_the_same_text(model, last_json):
 
 
 def test_compare_shows_both_sides(model, capsys):
-    assert run(["generate", TEXT, "-m", model, "--max-new-tokens", "3", "--compare", "--runs", "1"]) == 0
+    assert (
+        run(["generate", TEXT, "-m", model, "--max-new-tokens", "3", "--compare", "--runs", "1"])
+        == 0
+    )
     out = capsys.readouterr().out
     assert "transformers" in out
     assert "speed-up" in out
@@ -105,7 +120,9 @@ def test_a_saved_session_is_continued(model, last_json, tmp_path):
 
 def test_explain_writes_a_page_with_the_answer(model, capsys, tmp_path):
     page = tmp_path / "page.html"
-    code = run(["generate", TEXT * 30, "-m", model, "--max-new-tokens", "4", "--explain", str(page)])
+    code = run(
+        ["generate", TEXT * 30, "-m", model, "--max-new-tokens", "4", "--explain", str(page)]
+    )
     assert code == 0
     assert "417" in page.read_text(encoding="utf-8")
     assert os.listdir(tmp_path) == ["page.html"]
@@ -181,11 +198,15 @@ def test_a_profile_that_cannot_mean_anything_is_refused(model, capsys, tmp_path,
     assert names in refused(capsys, "generate", TEXT, "-m", model, "--prefill", str(profile))
 
 
-@pytest.mark.parametrize("field", ["revive_limit = -1", "protect_first = -2", "min_tokens = 1.5", "unheard = 1"])
+@pytest.mark.parametrize(
+    "field", ["revive_limit = -1", "protect_first = -2", "min_tokens = 1.5", "unheard = 1"]
+)
 def test_a_profile_field_out_of_range_is_refused(model, capsys, tmp_path, field):
     profile = tmp_path / "mine.toml"
     profile.write_text(f"[prefill]\nschedule = [[0.5, 0.5]]\n{field}\n")
-    assert field.split()[0] in refused(capsys, "generate", TEXT, "-m", model, "--prefill", str(profile))
+    assert field.split()[0] in refused(
+        capsys, "generate", TEXT, "-m", model, "--prefill", str(profile)
+    )
 
 
 def test_a_file_that_is_not_utf8_is_refused(capsys, tmp_path):
@@ -229,11 +250,33 @@ def test_weights_that_can_run_code_are_refused(capsys, model, tmp_path):
 
 
 def test_a_recurrent_model_is_told_how_to_run_and_runs_so(capsys, tmp_path):
-    sizes = {"state_size": 4, "conv_kernel": 2, "expand": 2, "time_step_rank": 2, "use_mambapy": False}
+    sizes = {
+        "state_size": 4,
+        "conv_kernel": 2,
+        "expand": 2,
+        "time_step_rank": 2,
+        "use_mambapy": False,
+    }
     folder = str(save_model(tmp_path / "mamba", "mamba", **sizes))
     capsys.readouterr()
     assert "--prefill off" in refused(capsys, "generate", TEXT, "-m", folder)
-    assert run(["generate", TEXT, "-m", folder, "--prefill", "off", "--decode", "off", "--max-new-tokens", "3"]) == 0
+    assert (
+        run(
+            [
+                "generate",
+                TEXT,
+                "-m",
+                folder,
+                "--prefill",
+                "off",
+                "--decode",
+                "off",
+                "--max-new-tokens",
+                "3",
+            ]
+        )
+        == 0
+    )
     assert run(["doctor", "-m", folder, "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["level"] == "decode-only"
 

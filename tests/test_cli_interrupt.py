@@ -13,13 +13,24 @@ TEXT = "The code of the red door is 417. "
 @pytest.fixture(scope="session")
 def patient_model(tmp_path_factory) -> str:
     """One that can go on for longer than anybody waits."""
-    return str(save_model(tmp_path_factory.mktemp("models") / "long", max_position_embeddings=400_000))
+    return str(
+        save_model(tmp_path_factory.mktemp("models") / "long", max_position_embeddings=400_000)
+    )
 
 
 def test_ctrl_c_ends_an_answer_with_what_it_has_and_writes_nothing(patient_model, tmp_path):
-    options = ["--max-new-tokens", "300000", "--session", str(tmp_path / "s"), "--explain", str(tmp_path / "e")]
+    options = [
+        "--max-new-tokens",
+        "300000",
+        "--session",
+        str(tmp_path / "s"),
+        "--explain",
+        str(tmp_path / "e"),
+    ]
     process = subprocess.Popen(
-        [*COMMAND, "generate", TEXT, "-m", patient_model, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*COMMAND, "generate", TEXT, "-m", patient_model, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     with process:
         seen = process.stdout.read(20)

@@ -59,7 +59,13 @@ def test_a_way_of_writing_that_means_nothing_is_refused_with_the_value(options, 
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Window(0), lambda: Window(pool=4), lambda: Window(pool=0), lambda: LastToken(2)]
+    "make",
+    [
+        lambda: Window(0),
+        lambda: Window(kernel_size=4),
+        lambda: Window(kernel_size=0),
+        lambda: LastToken(2),
+    ],
 )
 def test_a_scorer_that_means_nothing_is_refused(make):
     with pytest.raises(ConfigError):

@@ -101,7 +101,8 @@ def test_a_log_of_another_model_or_tokenizer_is_refused_by_name(path, other):
 
 
 @pytest.mark.parametrize(
-    "content", [b"no database at all, but long enough to be one" * 100, b"SQLite format 3\0" + b"\xff" * 5000]
+    "content",
+    [b"no database at all, but long enough to be one" * 100, b"SQLite format 3\0" + b"\xff" * 5000],
 )
 def test_a_file_that_is_no_log_is_refused_and_left_alone(path, content):
     path.parent.mkdir()

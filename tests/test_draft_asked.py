@@ -1,11 +1,12 @@
-"""Answers that name things in the order in which they were asked for: what is guessed, and that guesses join up."""
+"""Answers that name things in the order in which they were asked for: what is guessed, and that
+guesses join up."""
 
 from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyahead.draft.asked import Pointer, spelling
+from lazyahead.draft.question_order import Pointer, spelling
 from lazyahead.draft.replay import replay
 from lazyahead.draft.tree import Source
 from lazyahead.draft.trie_drafter import TrieDrafter
@@ -13,10 +14,16 @@ from lazyahead.draft.trie_drafter import TrieDrafter
 THE, CAPITAL, COMMA, STOP, IS, WHAT = range(6)
 THINGS = [[n + i for i in range(6)] for n in (10, 20, 30, 40)]
 VALUES = [[50, 51], [60], [70, 71, 72], [80, 81]]
-SENTENCES = [[CAPITAL, *thing, IS, *value, STOP] for thing, value in zip(THINGS, VALUES, strict=True)]
+SENTENCES = [
+    [CAPITAL, *thing, IS, *value, STOP] for thing, value in zip(THINGS, VALUES, strict=True)
+]
 QUESTION = [WHAT, *(token for thing in THINGS for token in (THE, *thing, COMMA))]
 FILLER = [[90 + n, 120 + n, 150 + n, STOP] for n in range(20)]
-DOCUMENT = [token for n, filler in enumerate(FILLER) for token in [*filler, *(SENTENCES[n // 5] if n % 5 == 0 else [])]]
+DOCUMENT = [
+    token
+    for n, filler in enumerate(FILLER)
+    for token in [*filler, *(SENTENCES[n // 5] if n % 5 == 0 else [])]
+]
 ANSWER = [token for sentence in SENTENCES for token in sentence]
 
 
@@ -71,7 +78,10 @@ def test_a_draft_quotes_the_question_then_the_document():
     request = TrieDrafter(capacity_bytes=0).start([*DOCUMENT, *QUESTION])
     request.extend([*SENTENCES[0], CAPITAL])
     draft = request.propose(32)
-    sure = [draft.token_ids[node] for node in draft.path(max(range(len(draft)), key=lambda n: draft.depths[n]))]
+    sure = [
+        draft.token_ids[node]
+        for node in draft.path(max(range(len(draft)), key=lambda n: draft.depths[n]))
+    ]
     assert sure[: len(SENTENCES[1]) - 1] == SENTENCES[1][1:]
     assert Source.ASKED in draft.sources
     for node, parent in enumerate(draft.parents):
@@ -90,7 +100,9 @@ def test_acceptance_is_learned_between_requests_that_share_no_text():
         replay(drafter, [([*DOCUMENT, *QUESTION], ANSWER)])
     learned = drafter.namespace().acceptance
     assert drafter.namespace().shared is None
-    assert learned.rates(Source.ASKED, 16) != TrieDrafter().namespace().acceptance.rates(Source.ASKED, 16)
+    assert learned.rates(Source.ASKED, 16) != TrieDrafter().namespace().acceptance.rates(
+        Source.ASKED, 16
+    )
     assert drafter.start([1, 2, 3]).propose(8) == TrieDrafter().start([1, 2, 3]).propose(8)
 
 

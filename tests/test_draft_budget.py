@@ -6,11 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazyahead.draft.budget import Acceptance, Payback, RowCost, Step, choose
+from lazyahead.draft.budget import Acceptance, GainTracker, RowCost, Step, choose
 from lazyahead.draft.tree import Draft, Source
 from lazyahead.errors import ConfigError
 
-costs = st.lists(st.tuples(st.integers(1, 40), st.floats(0.1, 10)), min_size=1, max_size=6).map(RowCost)
+costs = st.lists(st.tuples(st.integers(1, 40), st.floats(0.1, 10)), min_size=1, max_size=6).map(
+    RowCost
+)
 probs = st.lists(st.floats(0.0, 1.0), max_size=8)
 FREE = RowCost([(1, 0.02)])
 PER_ROW = RowCost([(1, 1.0), (2, 2.0)])
@@ -35,13 +37,17 @@ def test_a_row_cost_survives_json(cost):
     assert RowCost.from_json(cost.to_json()) == cost
 
 
-@pytest.mark.parametrize("points", [[], [(0, 1.0)], [(1, 0.0)], [(1, float("nan"))], [(1, float("inf"))]])
+@pytest.mark.parametrize(
+    "points", [[], [(0, 1.0)], [(1, 0.0)], [(1, float("nan"))], [(1, float("inf"))]]
+)
 def test_measurements_that_mean_nothing_are_refused(points):
     with pytest.raises(ConfigError):
         RowCost(points)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"row_cost": 3}', '{"row_cost": [[1]]}', '{"row_cost": []}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"row_cost": 3}', '{"row_cost": [[1]]}', '{"row_cost": []}']
+)
 def test_a_damaged_row_cost_file_is_refused(text):
     with pytest.raises(ConfigError):
         RowCost.from_json(text)
@@ -71,10 +77,12 @@ def test_more_nodes_than_max_nodes_never_pay(candidates, cost, other_rows):
 
 
 @given(st.lists(probs, min_size=1, max_size=3), costs, st.integers(0, 5))
-def test_drafts_that_end_where_nothing_can_pay_bring_as_many_tokens_per_second(candidates, cost, other_rows):
+def test_drafts_that_end_where_nothing_can_pay_bring_as_many_tokens_per_second(
+    candidates, cost, other_rows
+):
     step = Step(cost, len(candidates), other_rows)
     ordered = [sorted(p, reverse=True) for p in candidates]
-    cut = [list(itertools.takewhile(Payback(step, len(p)).may_pay, p)) for p in ordered]
+    cut = [list(itertools.takewhile(GainTracker(step, len(p)).may_pay, p)) for p in ordered]
 
     def rate(drafts):
         counts = choose(drafts, cost, other_rows, min_gain=0.0)
@@ -85,8 +93,8 @@ def test_drafts_that_end_where_nothing_can_pay_bring_as_many_tokens_per_second(c
 
 
 def test_a_guess_that_cannot_pay_ends_a_draft_and_free_rows_never_do():
-    assert not Payback(Step(PER_ROW), 8).may_pay(0.9)
-    free = Payback(Step(FREE), 8)
+    assert not GainTracker(Step(PER_ROW), 8).may_pay(0.9)
+    free = GainTracker(Step(FREE), 8)
     assert all(free.may_pay(0.01) for _ in range(8))
 
 

@@ -48,7 +48,9 @@ def test_prefixes_are_merged_and_likelier_nodes_come_first(prompt, max_nodes):
         assert chances == sorted(chances, reverse=True)
         assert sum(chances) <= 1.0 + 1e-9
     for i, parent in enumerate(draft.parents):
-        assert draft.children[parent][0] != i or parent == i - 1  # the likeliest child is the very next row
+        assert (
+            draft.children[parent][0] != i or parent == i - 1
+        )  # the likeliest child is the very next row
         assert parent == ROOT or draft.probs[i] <= draft.probs[parent]
 
 
@@ -101,7 +103,12 @@ def test_a_request_leaves_nothing_behind_unless_asked():
         request.stop(remember=remember)
         draft = drafter.start([4, 5]).propose(8)
         assert list(draft.token_ids) == ([6] if remember else [])
-    assert list(drafter.start([1, 2]).propose(8).token_ids) == [3, 4, 5, 6]  # the prompt's end leads to its answer
+    assert list(drafter.start([1, 2]).propose(8).token_ids) == [
+        3,
+        4,
+        5,
+        6,
+    ]  # the prompt's end leads to its answer
     drafter.forget()
     assert drafter.start([4, 5]).propose(8) == Draft.EMPTY
 
@@ -162,7 +169,9 @@ def test_what_is_verified_is_the_same_where_guesses_that_cannot_pay_are_left_out
     assert counts[0] == counts[1]
     best = [draft.best(count) for draft, count in zip((whole, cut), counts, strict=True)]
     assert list(best[0].probs) == pytest.approx(list(best[1].probs))
-    assert list(cut.token_ids)[:1] == list(whole.token_ids)[:1]  # the likeliest is judged also where it cannot pay
+    assert (
+        list(cut.token_ids)[:1] == list(whole.token_ids)[:1]
+    )  # the likeliest is judged also where it cannot pay
 
 
 @given(texts, st.lists(st.lists(st.integers(0, 3), max_size=6), max_size=8))
@@ -232,7 +241,9 @@ def test_prompt_lookup_takes_the_left_most_occurrence_of_the_longest_ngram(text,
 def test_remembered_answers_help_the_next_ones():
     rng = random.Random(0)
     answer = [rng.randrange(1000) for _ in range(100)]
-    forgetful, mindful = (replay(TrieDrafter(), [([1], answer)] * 3, AMX, remember=r) for r in (False, True))
+    forgetful, mindful = (
+        replay(TrieDrafter(), [([1], answer)] * 3, AMX, remember=r) for r in (False, True)
+    )
     assert forgetful.tokens_per_step < 1.1
     assert mindful.tokens_per_step > 2.0
 

@@ -86,12 +86,16 @@ def test_the_accepted_run_is_the_longest_branch_the_model_agrees_with(draft):
 
     def pick(node, tokens):
         asked.append(node)
-        assert [draft.token_ids[i] for i in (draft.path(node) if node != ROOT else [])] == list(tokens)
+        assert [draft.token_ids[i] for i in (draft.path(node) if node != ROOT else [])] == list(
+            tokens
+        )
         return model_after(tokens)
 
     step = walk(draft, pick)
     agreed = [i for i in range(len(draft)) if all(_agrees(draft, j) for j in draft.path(i))]
-    assert len(step.nodes) == max((draft.depths[i] for i in agreed), default=0) == len(step.tokens) - 1
+    assert (
+        len(step.nodes) == max((draft.depths[i] for i in agreed), default=0) == len(step.tokens) - 1
+    )
     assert step.nodes == (draft.path(step.nodes[-1]) if step.nodes else [])
     assert [draft.token_ids[i] for i in step.nodes] == step.tokens[:-1]
     assert len(asked) == len(step.tokens)
@@ -106,7 +110,9 @@ CHAIN = Draft([7, 8, 9], [-1, 0, 1])
 
 
 def test_a_stop_token_ends_the_run_exactly_there():
-    step = walk(CHAIN, lambda node, tokens: [7, 8, 9, 10][len(tokens)], stop=lambda token: token == 8)
+    step = walk(
+        CHAIN, lambda node, tokens: [7, 8, 9, 10][len(tokens)], stop=lambda token: token == 8
+    )
     assert step == ([7, 8], [0])
 
 
@@ -127,4 +133,7 @@ def test_a_blocked_row_that_is_not_reached_changes_nothing():
 
 def test_branches_side_by_side_are_followed_to_the_longest():
     parallel = Draft([7, 8, 7, 9, 10], [-1, 0, -1, 2, 3])
-    assert walk(parallel, lambda node, tokens: [7, 9, 10, 11][len(tokens)]) == ([7, 9, 10, 11], [2, 3, 4])
+    assert walk(parallel, lambda node, tokens: [7, 9, 10, 11][len(tokens)]) == (
+        [7, 9, 10, 11],
+        [2, 3, 4],
+    )

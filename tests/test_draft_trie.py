@@ -23,12 +23,18 @@ def held_text(trie: TokenTrie) -> dict[int, int]:
     return {p: trie._tokens[p & trie._mask] for p in range(trie._start, trie._end)}
 
 
-def brute_force_matches(text: dict[int, int], query: list[int], query_length: int) -> list[tuple[int, int]]:
-    """Every position that follows some suffix of the query, longest match first, newest first among equals."""
+def brute_force_matches(
+    text: dict[int, int], query: list[int], query_length: int
+) -> list[tuple[int, int]]:
+    """Every position that follows some suffix of the query, longest match first, newest first among
+    equals."""
     found = []
     for position, token in text.items():
         length = 0
-        while length < min(query_length, len(query)) and text.get(position - 1 - length) == query[-1 - length]:
+        while (
+            length < min(query_length, len(query))
+            and text.get(position - 1 - length) == query[-1 - length]
+        ):
             length += 1
         if length and token != SEPARATOR:
             found.append((position, length))
@@ -51,7 +57,11 @@ class PaperTrie:
     def below(self, suffix: list[int], depth: int) -> dict[tuple[int, ...], int]:
         """The counted sub-trie under a suffix, as path -> count."""
         n = len(suffix)
-        return {k[n:]: c for k, c in self.counts.items() if k[:n] == tuple(suffix) and n < len(k) <= n + depth}
+        return {
+            k[n:]: c
+            for k, c in self.counts.items()
+            if k[:n] == tuple(suffix) and n < len(k) <= n + depth
+        }
 
 
 @given(texts, tokens, st.integers(1, 12))
@@ -189,7 +199,9 @@ def test_positions_are_renumbered_before_they_outgrow_their_bits(monkeypatch):
         assert trie.match(text, ALL, ALL) == brute_force_matches(held_text(trie), text, 32)
 
 
-@pytest.mark.parametrize("arguments", [{"branch_length": 0}, {"query_length": 0}, {"capacity_bytes": 1000}])
+@pytest.mark.parametrize(
+    "arguments", [{"branch_length": 0}, {"query_length": 0}, {"capacity_bytes": 1000}]
+)
 def test_sizes_that_mean_nothing_are_refused(arguments):
     with pytest.raises(ConfigError, match=str(next(iter(arguments.values())))):
         TokenTrie(**arguments)
@@ -204,11 +216,17 @@ class BoundedTrie(RuleBasedStateMachine):
         self.text: list[int] = []  # of everything since the last clear
         self.rng = random.Random(0)
 
-    @rule(seed=st.integers(0, 1000), length=st.integers(0, 900), vocabulary=st.sampled_from([3, 50]))
+    @rule(
+        seed=st.integers(0, 1000), length=st.integers(0, 900), vocabulary=st.sampled_from([3, 50])
+    )
     def extend(self, seed, length, vocabulary):
         rng = random.Random(seed)
         added = [rng.randrange(vocabulary) for _ in range(length)]
-        if self.trie._end > self.trie._start and self._latest() != SEPARATOR and len(self.trie) + length > 1900:
+        if (
+            self.trie._end > self.trie._start
+            and self._latest() != SEPARATOR
+            and len(self.trie) + length > 1900
+        ):
             self.trie.end_sequence()  # evicting in the middle of a sequence may cut it
             self.text.append(SEPARATOR)
         self.trie.extend(added)

@@ -1,4 +1,5 @@
-"""The loop: the same text alone or in company, nobody waits beyond the bound, and a broken pass breaks nothing."""
+"""The loop: the same text alone or in company, nobody waits beyond the bound, and a broken pass
+breaks nothing."""
 
 import random
 
@@ -21,9 +22,9 @@ from support import (
 )
 
 from lazyahead.draft.drafter import NoDrafter
-from lazyahead.engine import Engine
+from lazyahead.engine.engine import Engine
 from lazyahead.errors import ConfigError
-from lazyahead.hf.forward import Runner
+from lazyahead.hf.runner import Runner
 from lazyahead.sampling import Picker
 
 FAMILIES = ["llama", "gemma2", "gemma3", "gpt_oss", "mistral_window", "smollm3", "llama4"]
@@ -36,7 +37,9 @@ def test_a_prompt_read_whole_gives_the_answer_of_transformers(family, name):
     for text in TEXTS[:2]:
         plain = plain_answer(family, tuple(text), 8)
         assert answer(family, text, PREFILLS[name]).answer == plain
-        drafted = answer(family, text, PREFILLS[name], fake("sometimes", family, PREFILLS[name], [text]))
+        drafted = answer(
+            family, text, PREFILLS[name], fake("sometimes", family, PREFILLS[name], [text])
+        )
         assert drafted.answer == plain
 
 
@@ -53,13 +56,17 @@ def test_company_changes_no_text(family, name):
         assert [request.answer for request in requests] == alone
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.large_base_example, HealthCheck.too_slow])
+@settings(
+    max_examples=12, suppress_health_check=[HealthCheck.large_base_example, HealthCheck.too_slow]
+)
 @given(st.data())
 def test_requests_that_join_and_leave_between_steps_change_no_text(data):
     name = data.draw(st.sampled_from(list(PREFILLS)))
     texts = prompts(30, 45, 18, 61)
     alone = [answer("llama", text, PREFILLS[name], num_tokens=6).answer for text in texts]
-    drafter = fake(data.draw(st.sampled_from(["sometimes", "adversarial"])), "llama", PREFILLS[name], texts)
+    drafter = fake(
+        data.draw(st.sampled_from(["sometimes", "adversarial"])), "llama", PREFILLS[name], texts
+    )
     engine = engine_for("llama", PREFILLS[name], drafter, data.draw(st.integers(1, 40)))
     stay = [request_for(engine, text, 6) for text in texts]
     leave = [request_for(engine, text, 50) for text in texts[:2]]
@@ -83,17 +90,19 @@ def test_more_requests_than_may_run_wait_for_their_turn():
     engine = Engine(Runner(*tiny("llama")), None, None, max_running=1)
     requests = [request_for(engine, text, 3) for text in TEXTS]
     finish(engine, requests)
-    assert [request.answer for request in requests] == [answer("llama", text, num_tokens=3).answer for text in TEXTS]
+    assert [request.answer for request in requests] == [
+        answer("llama", text, num_tokens=3).answer for text in TEXTS
+    ]
 
 
 class Watch(Runner):
     """Counts the rows that reading requests have at each layer."""
 
-    def run(self, flights):
-        reading = [flight for flight in flights if flight.reading is not None]
+    def run(self, segments):
+        reading = [segment for segment in segments if segment.reading is not None]
         rows = []
-        self.on_layer = lambda layer: rows.append(sum(flight.num_rows for flight in reading))
-        logits = super().run(flights)
+        self.on_layer = lambda layer: rows.append(sum(segment.num_rows for segment in reading))
+        logits = super().run(segments)
         self.seen.append(max(rows, default=0) if reading else 0)
         return logits
 
@@ -103,7 +112,7 @@ class Watch(Runner):
 def test_long_prompts_beside_a_running_answer_hold_it_up_no_longer_than_the_bound(name, stall):
     runner = Watch(*tiny("llama"))
     runner.seen = []
-    engine = Engine(runner, PREFILLS[name], None, max_stall_rows=stall)
+    engine = Engine(runner, PREFILLS[name], None, prefill_chunk_size=stall)
     first = request_for(engine, [5, 6, 7], 200)
     long = [request_for(engine, text, 2) for text in prompts(150, 90)]
     with engine:
@@ -170,7 +179,11 @@ def test_an_exception_of_the_callers_own_leaves_the_others_running(where):
             raise BreakError
 
     engine = engine_for("llama", LAZY, fake("always", "llama", LAZY, TEXTS))
-    options = {where: breaks} if where != "processor" else {"picker": Picker(lambda _, scores: breaks() or scores)}
+    options = (
+        {where: breaks}
+        if where != "processor"
+        else {"picker": Picker(lambda _, scores: breaks() or scores)}
+    )
     bad, good = request_for(engine, TEXTS[0], 8, **options), request_for(engine, TEXTS[1], 8)
     with engine:
         engine.submit(bad)
@@ -193,19 +206,24 @@ def test_a_cancelled_reading_leaves_the_session_as_it_was():
     session = engine.new_session()
     finish(engine, [request_for(engine, TEXTS[0], 5, session)])
     history, held = session.history, [kv.positions.tolist() for kv in session.kv]
-    beside, turn = request_for(engine, [4, 5], 99), request_for(engine, [*history, *TEXTS[1]], 5, session)
+    beside, turn = (
+        request_for(engine, [4, 5], 99),
+        request_for(engine, [*history, *TEXTS[1]], 5, session),
+    )
     with engine:
         engine.submit(beside)
         engine.step()
         engine.submit(turn)
         engine.step()
         engine.step()
-        assert turn.is_reading
+        assert turn.is_prefilling
         assert len(session) > len(history)
         engine.cancel(turn)
         engine.cancel(beside)
     assert session.history == history
-    assert [kv.positions.tolist()[: len(old)] for kv, old in zip(session.kv, held, strict=True)] == held
+    assert [
+        kv.positions.tolist()[: len(old)] for kv, old in zip(session.kv, held, strict=True)
+    ] == held
     check_invariants(session)
 
 
@@ -217,8 +235,8 @@ def test_stepping_with_nothing_to_do_does_nothing():
 
 
 def test_bounds_below_one_are_refused_by_name():
-    with pytest.raises(ConfigError, match="max_stall_rows 0"):
-        Engine(Runner(*tiny("llama")), None, None, max_stall_rows=0)
+    with pytest.raises(ConfigError, match="prefill_chunk_size 0"):
+        Engine(Runner(*tiny("llama")), None, None, prefill_chunk_size=0)
 
 
 def test_drafts_never_stand_beyond_the_last_place_the_answer_may_reach():
@@ -233,8 +251,15 @@ def test_drafts_never_stand_beyond_the_last_place_the_answer_may_reach():
 def test_every_number_of_a_request_is_counted():
     request = answer("llama", TEXTS[0], PREFILLS["calm"], NoDrafter(), 6)
     stats = request.stats()
-    assert (stats.prompt_tokens, stats.reused_tokens, stats.answer_tokens, stats.num_steps) == (40, 0, 6, 5)
+    assert (stats.prompt_tokens, stats.reused_tokens, stats.answer_tokens, stats.num_steps) == (
+        40,
+        0,
+        6,
+        5,
+    )
     assert stats.tokens_per_step == 1.0
     assert stats.ttft_s > 0
     assert stats.tokens_per_s == pytest.approx(5 / stats.decode_s)
-    assert torch.tensor(stats.kept_by_layer).sum() / 160 == pytest.approx(stats.prompt_tokens_computed)
+    assert torch.tensor(stats.kept_by_layer).sum() / 160 == pytest.approx(
+        stats.prompt_tokens_computed
+    )

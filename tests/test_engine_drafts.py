@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from lazyahead.config import Lookahead
-from lazyahead.draft.build import drafter_for
+from lazyahead.draft.factory import drafter_for
 from lazyahead.hf.processors import picker_for
 from lazyahead.sampling import Picker, Sampling
 
@@ -49,7 +49,13 @@ SETTINGS = {
     "bad_words": {"bad_words": tuple((token,) for token in range(2, 60))},
     "logit_bias": {"logit_bias": {7: 5.0, 8: -9.0, 9: 4.0}},
     "min_new_tokens": {"min_new_tokens": 9, "logit_bias": {5: 20.0}},
-    "all": {"temperature": 0.8, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3},
+    "all": {
+        "temperature": 0.8,
+        "top_k": 30,
+        "top_p": 0.9,
+        "repetition_penalty": 1.2,
+        "no_repeat_ngram_size": 3,
+    },
 }
 EOS = (5, 6)
 
@@ -113,8 +119,12 @@ def test_it_holds_for_any_seed_and_length(name, behaviour, setting, seed, num_to
 
 def test_a_drafter_that_is_always_right_needs_fewer_steps():
     bare = answer("llama", TEXTS[0], None, num_tokens=40)
-    right = answer("llama", TEXTS[0], None, FakeDrafter("always", {tuple(TEXTS[0]): bare.answer}), 40)
-    wrong = answer("llama", TEXTS[0], None, FakeDrafter("never", {tuple(TEXTS[0]): bare.answer}), 40)
+    right = answer(
+        "llama", TEXTS[0], None, FakeDrafter("always", {tuple(TEXTS[0]): bare.answer}), 40
+    )
+    wrong = answer(
+        "llama", TEXTS[0], None, FakeDrafter("never", {tuple(TEXTS[0]): bare.answer}), 40
+    )
     assert right.answer == wrong.answer == bare.answer
     assert bare.stats().num_steps == wrong.stats().num_steps == 39
     assert right.stats().num_steps == 1
@@ -184,7 +194,9 @@ def test_an_answer_ends_at_the_very_token_that_ends_it_and_the_next_turn_does_no
     for behaviour in (None, "always", "sometimes"):
         drafter = behaviour and FakeDrafter(behaviour, {tuple(TEXTS[0]): bare.answer})
         engine = engine_for("llama", prefill, drafter)
-        request = request_for(engine, TEXTS[0], 12, accept=lambda _, r: "stop" if len(r.answer) == end else None)
+        request = request_for(
+            engine, TEXTS[0], 12, accept=lambda _, r: "stop" if len(r.answer) == end else None
+        )
         finish(engine, [request])
         assert request.answer == bare.answer[:end]
         assert request.finish_reason == "stop"
@@ -209,7 +221,9 @@ def test_scores_are_those_of_the_answer_and_of_nothing_else():
     for behaviour in (None, "always", "sometimes"):
         drafter = behaviour and FakeDrafter(behaviour, {tuple(TEXTS[0]): kept[0].answer})
         engine = engine_for("llama", None, drafter)
-        request = request_for(engine, TEXTS[0], 12, accept=lambda _, r: "stop" if len(r.answer) == 7 else None)
+        request = request_for(
+            engine, TEXTS[0], 12, accept=lambda _, r: "stop" if len(r.answer) == 7 else None
+        )
         request.scores, request.logits = [], []
         finish(engine, [request])
         kept.append(request)
@@ -220,18 +234,21 @@ def test_scores_are_those_of_the_answer_and_of_nothing_else():
 
 @pytest.mark.parametrize("name", PREFILLS)
 def test_drafts_that_are_right_never_take_more_passes_than_none(name):
-    """What a draft row wanted back is known to the pass it begins, so that none is begun in vain because of drafts."""
+    """What a draft row wanted back is known to the pass it begins, so that none is begun in vain
+    because of drafts."""
     for text in TEXTS:
         bare = answer("llama", text, PREFILLS[name], num_tokens=30)
-        right = answer("llama", text, PREFILLS[name], FakeDrafter("always", {tuple(text): bare.answer}), 30)
+        right = answer(
+            "llama", text, PREFILLS[name], FakeDrafter("always", {tuple(text): bare.answer}), 30
+        )
         assert right.answer == bare.answer
         assert right.stats().num_steps <= bare.stats().num_steps
 
 
 def test_a_pass_is_repeated_only_where_its_token_is_in_doubt():
     steps = []
-    for doubt_below in (0.0, 0.5, 1.0):
-        rule = replace(PREFILLS["ahead"], doubt_below=doubt_below)
+    for recall_below_prob in (0.0, 0.5, 1.0):
+        rule = replace(PREFILLS["ahead"], recall_below_prob=recall_below_prob)
         request = answer("llama", TEXTS[0], rule, num_tokens=30)
         steps.append(request.stats().num_steps)
     assert steps[0] == 29

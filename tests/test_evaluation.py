@@ -1,4 +1,5 @@
-"""lm-eval on this engine: scores are those of our own answers, and what was asked of reading and writing is done."""
+"""lm-eval on this engine: scores are those of our own answers, and what was asked of reading and
+writing is done."""
 
 import json
 from functools import partial
@@ -35,7 +36,13 @@ metric_list:
   - metric: exact_match
 """
 PROMPT = "The code of the red door is 417. " * 4
-RULE = LazyPrefill(((0.25, 0.3), (0.5, 0.1)), Window(4, 3, ahead=0.6), protect_first=1, protect_last=4, min_tokens=16)
+RULE = LazyPrefill(
+    ((0.25, 0.3), (0.5, 0.1)),
+    Window(4, 3, score_to_depth=0.6),
+    protect_first=1,
+    protect_last=4,
+    min_tokens=16,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +53,7 @@ def offline(monkeypatch):
 
 @pytest.fixture(scope="module")
 def adapter():
-    from lazyahead.evaluation import register  # noqa: PLC0415
+    from lazyahead.integrations import register
 
     return register()
 
@@ -69,7 +76,9 @@ def questions(tmp_path_factory):
     """Four questions of the reader's world, as a task of lm-eval's."""
     path = tmp_path_factory.mktemp("task")
     drawn = [*samples("few_shot", 300, n=2), *samples("single_doc_qa", 300, n=2)]
-    lines = [json.dumps({"prompt": sample.prompt, "answer": f" {sample.answer}"}) for sample in drawn]
+    lines = [
+        json.dumps({"prompt": sample.prompt, "answer": f" {sample.answer}"}) for sample in drawn
+    ]
     (path / "questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (path / "reader_qa.yaml").write_text(TASK.format(folder=path), encoding="utf-8")
     return path
@@ -80,16 +89,26 @@ def asked(*arguments):
 
 
 def test_a_task_is_scored_as_our_own_answers_are(adapter, questions):
-    manager = import_module("lm_eval.tasks").TaskManager(include_path=str(questions), include_defaults=False)
+    manager = import_module("lm_eval.tasks").TaskManager(
+        include_path=str(questions), include_defaults=False
+    )
     found = lm_eval.simple_evaluate(
         "lazyahead", "prefill=balanced,decode=lookahead,dtype=float32",
         tasks=["reader_qa"], task_manager=manager, batch_size=3, device="cpu", bootstrap_iters=0,
     )  # fmt: skip
-    llm = LLM(dtype="float32", device="cpu", prefill=LazyPrefill.preset("balanced"), decode=Lookahead())
-    docs = [json.loads(line) for line in (questions / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
+    llm = LLM(
+        dtype="float32", device="cpu", prefill=LazyPrefill.preset("balanced"), decode=Lookahead()
+    )
+    docs = [
+        json.loads(line)
+        for line in (questions / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     prompts = [llm.tokenizer(doc["prompt"])["input_ids"] for doc in docs]
     ours = [llm.generate([ids], sampling=Sampling(12, stop=("\n",)))[0].text for ids in prompts]
-    theirs = {sample["doc"]["prompt"]: sample["filtered_resps"][0] for sample in found["samples"]["reader_qa"]}
+    theirs = {
+        sample["doc"]["prompt"]: sample["filtered_resps"][0]
+        for sample in found["samples"]["reader_qa"]
+    }
     assert theirs == {doc["prompt"]: text for doc, text in zip(docs, ours, strict=True)}
     right = [text == doc["answer"] for doc, text in zip(docs, ours, strict=True)]
     assert found["results"]["reader_qa"]["exact_match,none"] == sum(right) / len(right)
@@ -110,30 +129,39 @@ def test_the_way_of_reading_is_honoured(adapter, folder, profile):
 
 
 def test_answers_end_before_what_they_are_to_end_at_alone_and_in_a_batch(adapter, folder):
-    requests = [asked(f"{n} {PROMPT[n:]}", {"until": [], "max_gen_toks": 8 + n // 3}) for n in range(5)]
+    requests = [
+        asked(f"{n} {PROMPT[n:]}", {"until": [], "max_gen_toks": 8 + n // 3}) for n in range(5)
+    ]
     alone = adapter(str(folder)).generate_until(requests)
     assert adapter(str(folder), batch_size=4).generate_until(requests) == alone
     stop = alone[0][2:4]
-    (cut,) = adapter(str(folder)).generate_until([asked(requests[0].args[0], {"until": stop, "max_gen_toks": 8})])
+    (cut,) = adapter(str(folder)).generate_until(
+        [asked(requests[0].args[0], {"until": stop, "max_gen_toks": 8})]
+    )
     assert cut == alone[0][: alone[0].index(stop)]
 
 
 def test_drawn_answers_repeat_by_seed_and_differ_among_themselves(adapter, folder):
-    drawn = asked(PROMPT, {"do_sample": True, "temperature": 1.5, "top_p": 0.95, "max_gen_toks": 12})
+    drawn = asked(
+        PROMPT, {"do_sample": True, "temperature": 1.5, "top_p": 0.95, "max_gen_toks": 12}
+    )
     once, twice = adapter(str(folder)).generate_until([drawn] * 2)
     assert once != twice
     assert adapter(str(folder), batch_size=2).generate_until([drawn] * 2) == [once, twice]
     assert adapter(str(folder), seed=7).generate_until([drawn]) != [once]
 
 
-@pytest.mark.parametrize("settings", [{"num_beams": 4}, {"max_length": 9}, {"temperature": -1, "do_sample": True}])
+@pytest.mark.parametrize(
+    "settings", [{"num_beams": 4}, {"max_length": 9}, {"temperature": -1, "do_sample": True}]
+)
 def test_generation_settings_that_cannot_be_honoured_are_refused_by_name(adapter, folder, settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         adapter(str(folder)).generate_until([asked(PROMPT, settings)])
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"parallelize": True}, {"batch_size": "auto"}, {"prefill": "quick"}, {"decode": "yes"}]
+    "arguments",
+    [{"parallelize": True}, {"batch_size": "auto"}, {"prefill": "quick"}, {"decode": "yes"}],
 )
 def test_model_arguments_that_mean_nothing_are_refused_by_name(adapter, folder, arguments):
     with pytest.raises(ConfigError, match=f"{next(iter(arguments))}|preset"):
@@ -151,16 +179,29 @@ def test_likelihoods_are_the_plain_models_when_everything_is_read(adapter, folde
     LazyPrefill(schedule=((0.5, 1.0),), min_tokens=0).save(tmp_path / "all.toml")
     for prefill in ("off", str(tmp_path / "all.toml")):
         model = adapter(str(folder), prefill=prefill, dtype="float32", batch_size=2)
-        requests = [asked(PROMPT, " red"), asked("", "door"), asked(f"{PROMPT} ", "417."), asked(" ", "417")]
+        requests = [
+            asked(PROMPT, " red"),
+            asked("", "door"),
+            asked(f"{PROMPT} ", "417."),
+            asked(" ", "417"),
+        ]
         found = model.loglikelihood(requests, disable_tqdm=True)
-        pairs = [model._encode_pair(PROMPT, " red"), ([model.prefix_token_id], model.tok_encode("door"))]
-        pairs += [model._encode_pair(PROMPT, " 417."), ([model.prefix_token_id], model.tok_encode(" 417"))]
+        pairs = [
+            model._encode_pair(PROMPT, " red"),
+            ([model.prefix_token_id], model.tok_encode("door")),
+        ]
+        pairs += [
+            model._encode_pair(PROMPT, " 417."),
+            ([model.prefix_token_id], model.tok_encode(" 417")),
+        ]
         for (value, greedy), pair in zip(found, pairs, strict=True):
             assert value == pytest.approx(plain(model.llm, *pair)[0], rel=1e-4)
             assert greedy == plain(model.llm, *pair)[1]
 
 
-def test_what_was_written_after_reading_lazily_is_likeliest_when_read_that_way(adapter, folder, profile):
+def test_what_was_written_after_reading_lazily_is_likeliest_when_read_that_way(
+    adapter, folder, profile
+):
     model = adapter(str(folder), prefill=profile, dtype="float32", batch_size=2)
     context = model.tok_encode(PROMPT)
     (written,) = model.llm.generate([context], sampling=Sampling(6))
@@ -173,10 +214,16 @@ def test_what_was_written_after_reading_lazily_is_likeliest_when_read_that_way(a
     assert value != pytest.approx(plain(model.llm, context, list(written.token_ids))[0], rel=1e-3)
 
 
-def test_the_likelihood_of_a_whole_text_is_the_plain_models_and_needs_nothing_deferred(adapter, folder):
+def test_the_likelihood_of_a_whole_text_is_the_plain_models_and_needs_nothing_deferred(
+    adapter, folder
+):
     model = adapter(str(folder), prefill="off", dtype="float32", max_length=40)
-    (short, long) = model.loglikelihood_rolling([asked("The code"), asked(PROMPT)], disable_tqdm=True)
-    assert short == pytest.approx(plain(model.llm, [model.prefix_token_id], model.tok_encode("The code"))[0], rel=1e-4)
+    (short, long) = model.loglikelihood_rolling(
+        [asked("The code"), asked(PROMPT)], disable_tqdm=True
+    )
+    assert short == pytest.approx(
+        plain(model.llm, [model.prefix_token_id], model.tok_encode("The code"))[0], rel=1e-4
+    )
     assert long < short
     with pytest.raises(ConfigError, match="prefill=off"):
         adapter(str(folder)).loglikelihood_rolling([asked("The code")])
@@ -207,8 +254,19 @@ def test_the_command_passes_on_what_it_is_given(adapter, folder, questions, caps
     monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)
     tasks = import_module("lm_eval.tasks")  # thousands of its own, which take seconds to list
     monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
-    options = ["--tasks", "reader_qa", "--include_path", str(questions), "--limit", "1", "--device", "cpu"]
-    assert run(["eval", *options, "--model_args", f"pretrained={folder},prefill=off", "--json"]) == 0
+    options = [
+        "--tasks",
+        "reader_qa",
+        "--include_path",
+        str(questions),
+        "--limit",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    assert (
+        run(["eval", *options, "--model_args", f"pretrained={folder},prefill=off", "--json"]) == 0
+    )
     values = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert values.keys() >= {"lazyahead", "machine", "model", "config", "seed", "runs", "results"}
     assert values["model"] == str(folder)

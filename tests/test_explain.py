@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import byte_level
 
 from lazyahead.cli import explain
-from lazyahead.cli.explain import Kind, explain_page, runs, token_texts
+from lazyahead.cli.explain import AcceptanceBucket, explain_page, runs, token_texts
 from lazyahead.config import LazyPrefill
 from lazyahead.results import Completion, Reach, Stats
 
@@ -17,14 +17,20 @@ LAYERS = 4
 STATS = Stats(3, 0, 2, 0.5, 0.1, 0.5, 1, 7)
 
 
-def page(text: str, depth: list[int], before: list[int] | None = None, answer: str = "yes", sources=(None,)) -> str:
+def page(
+    text: str,
+    depth: list[int],
+    before: list[int] | None = None,
+    answer: str = "yes",
+    sources=(None,),
+) -> str:
     ids = byte_level()(text, add_special_tokens=False)["input_ids"]
     depth = [depth[i % len(depth)] for i in range(len(ids))]
     before = depth if before is None else [before[i % len(before)] for i in range(len(ids))]
     reach = Reach(tuple(ids), tuple(depth), tuple(before), LAYERS)
     answer_ids = tuple(byte_level()(answer, add_special_tokens=False)["input_ids"])
-    told = tuple(sources[i % len(sources)] for i in range(len(answer_ids)))
-    completion = Completion(answer, answer_ids, STATS, "stop", told)
+    emitted = tuple(sources[i % len(sources)] for i in range(len(answer_ids)))
+    completion = Completion(answer, answer_ids, STATS, "stop", emitted)
     return explain_page(reach, byte_level(), completion, model="a<b>", prefill=LazyPrefill())
 
 
@@ -47,7 +53,9 @@ def test_a_long_prompt_is_cut_at_line_ends_only_and_loses_nothing(monkeypatch):
     assert html.count("<div>") > 3
 
 
-@pytest.mark.parametrize("evil", ["<script>alert(1)</script>", "&amp; \"'", "{prompt}{answer}{tiles}", "</span></div>"])
+@pytest.mark.parametrize(
+    "evil", ["<script>alert(1)</script>", "&amp; \"'", "{prompt}{answer}{tiles}", "</span></div>"]
+)
 def test_text_is_never_markup(evil):
     html = page(f"x {evil} y", [4, 2], answer=evil)
     assert prompt_on(html).strip() == f"x {evil} y"
@@ -61,7 +69,11 @@ def test_nothing_is_fetched():
 
 
 def test_neighbours_of_one_kind_share_an_element():
-    kinds = [Kind(4, False)] * 500 + [Kind(2, False)] * 500 + [Kind(2, True)] * 3
+    kinds = (
+        [AcceptanceBucket(4, False)] * 500
+        + [AcceptanceBucket(2, False)] * 500
+        + [AcceptanceBucket(2, True)] * 3
+    )
     merged = list(runs(kinds, ["a"] * 1003))
     assert [len(run.text) for run in merged] == [500, 500, 3]
 
@@ -69,16 +81,23 @@ def test_neighbours_of_one_kind_share_an_element():
 def test_revived_tokens_are_marked_and_counted():
     html = page("The code of the red door", [4, 2, 2], before=[2, 2, 2])
     legend = html.partition('<table class="legend">')[2].partition("</table>")[0]
-    rows = re.findall(r'class="(d\d r?)">text</span></td><td class="n">(\d+)<', legend.replace('d2"', 'd2 "'))
+    rows = re.findall(
+        r'class="(d\d r?)">text</span></td><td class="n">(\d+)<', legend.replace('d2"', 'd2 "')
+    )
     assert [name for name, _ in rows] == ["d4 r", "d2 "]
-    assert sum(int(count) for _, count in rows) == len(byte_level().encode("The code of the red door"))
+    assert sum(int(count) for _, count in rows) == len(
+        byte_level().encode("The code of the red door")
+    )
     assert "revived" in legend
     assert 'class="d4 r"' in html.rpartition('<div class="text">')[2]
 
 
 def test_special_tokens_are_shown_by_name():
     tokenizer = byte_level()
-    assert token_texts(tokenizer, [tokenizer.bos_token_id, tokenizer.eos_token_id]) == ["<s>", "</s>"]
+    assert token_texts(tokenizer, [tokenizer.bos_token_id, tokenizer.eos_token_id]) == [
+        "<s>",
+        "</s>",
+    ]
 
 
 def test_half_characters_stay_with_the_token_that_completes_them():

@@ -15,12 +15,22 @@ from transformers import PreTrainedModel
 import lazyahead
 from lazyahead import LLM, LazyPrefill, accelerate, probe
 from lazyahead.errors import LazyAheadError
-from lazyahead.hf.forward import Runner
-from lazyahead.hf.look import all_configs, look, switched
 from lazyahead.hf.probe import examine
+from lazyahead.hf.runner import Runner
+from lazyahead.hf.trace import all_configs, look, switched
 
 PUBLIC = {
-    *("LLM", "PRESETS", "Completion", "LazyAheadError", "LazyPrefill", "Lookahead", "Piece", "Reach", "Sampling"),
+    *(
+        "LLM",
+        "PRESETS",
+        "Completion",
+        "LazyAheadError",
+        "LazyPrefill",
+        "Lookahead",
+        "Piece",
+        "Reach",
+        "Sampling",
+    ),
     *("Session", "Stats", "Support", "__version__", "accelerate", "custom_generate", "probe"),
 }
 
@@ -32,12 +42,22 @@ class BrokenError(Exception):
 def state(model: PreTrainedModel) -> Any:
     """Everything that an attachment may touch."""
     hooks = [
-        (len(module._forward_pre_hooks), len(module._forward_hooks), len(module._forward_pre_hooks_with_kwargs))
+        (
+            len(module._forward_pre_hooks),
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks_with_kwargs),
+        )
         for module in model.modules()
     ]
     configs = [(id(config), config._attn_implementation) for config in all_configs(model)]
     buffers = {name: id(buffer) for name, buffer in model.named_buffers()}
-    return hooks, configs, buffers, "generate" in vars(model), [sorted(vars(module)) for module in model.modules()]
+    return (
+        hooks,
+        configs,
+        buffers,
+        "generate" in vars(model),
+        [sorted(vars(module)) for module in model.modules()],
+    )
 
 
 @pytest.fixture(params=["llama", "gemma2", "gemma3_vl", "phi3_longrope", "llama_dynamic"])
@@ -68,10 +88,10 @@ def test_after_the_block_the_model_is_as_before(model: PreTrainedModel) -> None:
 
 
 def test_also_after_an_exception_inside_a_pass(model: PreTrainedModel) -> None:
-    _, anatomy = examine(model)
-    assert anatomy is not None
+    _, spec = examine(model)
+    assert spec is not None
     before = state(model)
-    handle = breaking(anatomy.layers[2])
+    handle = breaking(spec.layers[2])
     with pytest.raises(BrokenError):
         attached_run(model)
     handle.remove()
@@ -80,19 +100,19 @@ def test_also_after_an_exception_inside_a_pass(model: PreTrainedModel) -> None:
 
 
 def test_plain_forward_beside_an_attachment_is_the_models_own(model: PreTrainedModel) -> None:
-    _, anatomy = examine(model)
-    assert anatomy is not None
+    _, spec = examine(model)
+    assert spec is not None
     with torch.no_grad():
         alone = model(prompt(20)).logits
-        with Runner(model, anatomy).attached():
+        with Runner(model, spec).attached():
             beside = model(prompt(20)).logits
     assert torch.equal(alone, beside)
 
 
 def test_nested_attachments_leave_together(model: PreTrainedModel) -> None:
-    _, anatomy = examine(model)
-    assert anatomy is not None
-    runner, before = Runner(model, anatomy), state(model)
+    _, spec = examine(model)
+    assert spec is not None
+    runner, before = Runner(model, spec), state(model)
     with runner.attached():
         inside = state(model)
         with runner.attached():
@@ -103,7 +123,9 @@ def test_nested_attachments_leave_together(model: PreTrainedModel) -> None:
         runner.run([])
 
 
-@pytest.mark.parametrize("name", ["llama", "diffllama", "bloom", "doge", "mamba", "bart_decoder", "cpmant", "gemma3n"])
+@pytest.mark.parametrize(
+    "name", ["llama", "diffllama", "bloom", "doge", "mamba", "bart_decoder", "cpmant", "gemma3n"]
+)
 def test_the_probe_leaves_no_trace(name: str) -> None:
     model = {**FAMILIES, **MORE_FAMILIES, **HYBRID_FAMILIES}[name]()
     before = state(model)
@@ -141,7 +163,9 @@ def _break_inside(model: PreTrainedModel) -> None:
 def test_an_abandoned_stream_leaves_the_model_free() -> None:
     model = build("llama")
     before = state(model)
-    stream: Iterator[Any] = LLM(model, prefill=LazyPrefill(min_tokens=0)).stream(prompt(40)[0].tolist())
+    stream: Iterator[Any] = LLM(model, prefill=LazyPrefill(min_tokens=0)).stream(
+        prompt(40)[0].tolist()
+    )
     next(stream)
     assert state(model) == before  # attached only while a step runs
     del stream

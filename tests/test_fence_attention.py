@@ -9,8 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lazyahead.hf.attention import Heads, More, Near, Rows, attend, attention_of
-from lazyahead.hf.cache import LayerKV
+from lazyahead.cache.kv import LayerKV
+from lazyahead.hf.attention import Heads, LocalWindow, More, Rows, attend, attention_of
 
 SIZE = 8
 
@@ -23,12 +23,17 @@ def sees(query: int, key: int, heads: Heads) -> bool:
 
 
 def visible(rows: Rows, key_positions: Tensor, heads: Heads) -> Tensor:
-    """(T, N), from the definition: causal by position; rows that look near see that; among drafts, ancestors only."""
+    """(T, N), from the definition: causal by position; rows that look near see that; among drafts,
+    ancestors only."""
     queries, keys = rows.positions.tolist(), key_positions.tolist()
     mask = torch.tensor([[sees(query, key, heads) for key in keys] for query in queries])
     if rows.near is not None:
         distance = rows.positions[:, None] - key_positions
-        mask &= (distance < rows.near.num_tokens) | (key_positions < 4) | (rows.positions[:, None] >= rows.near.until)
+        mask &= (
+            (distance < rows.near.num_tokens)
+            | (key_positions < 4)
+            | (rows.positions[:, None] >= rows.near.until)
+        )
     if rows.ancestors is not None:
         num = rows.ancestors.shape[0]
         mask[-num:, -num:] &= rows.ancestors
@@ -62,13 +67,18 @@ def ancestors_of(parents: list[int]) -> Tensor:
 def filled(key_positions: list[int], num_kv: int) -> LayerKV:
     kv = LayerKV()
     num = len(key_positions)
-    kv.append(torch.randn(1, num_kv, num, SIZE), torch.randn(1, num_kv, num, SIZE), torch.tensor(key_positions))
+    kv.append(
+        torch.randn(1, num_kv, num, SIZE),
+        torch.randn(1, num_kv, num, SIZE),
+        torch.tensor(key_positions),
+    )
     return kv
 
 
 @st.composite
 def cases(draw: Any) -> tuple[Tensor, LayerKV, Rows, Heads]:
-    """Rows in any gaps between the keys that are there, a tree of drafts behind them, any kind of head."""
+    """Rows in any gaps between the keys that are there, a tree of drafts behind them, any kind of
+    head."""
     torch.manual_seed(draw(st.integers(0, 1 << 20)))
     num_tokens = draw(st.integers(1, 48))
     chosen = draw(st.lists(st.booleans(), min_size=num_tokens, max_size=num_tokens))
@@ -111,7 +121,9 @@ def test_attention_is_what_the_definition_says(case: tuple[Tensor, LayerKV, Rows
 
 
 @given(cases(), st.integers(1, 8))
-def test_scores_are_the_attention_of_the_last_rows(case: tuple[Tensor, LayerKV, Rows, Heads], num: int) -> None:
+def test_scores_are_the_attention_of_the_last_rows(
+    case: tuple[Tensor, LayerKV, Rows, Heads], num: int
+) -> None:
     query, kv, rows, heads = case
     num = min(num, query.shape[2])
     assume(num > 1 or int(kv.positions.max()) == rows.last)
@@ -123,7 +135,13 @@ def test_scores_are_the_attention_of_the_last_rows(case: tuple[Tensor, LayerKV, 
 @pytest.mark.parametrize("parents", [[], [-1, 0, -1, 2]], ids=["text", "drafts"])
 @pytest.mark.parametrize(
     "heads",
-    [Heads(0.3), Heads(0.3, window=40), Heads(0.3, chunk=64), Heads(0.3, softcap=2.0), Heads(0.3, sinks=torch.ones(4))],
+    [
+        Heads(0.3),
+        Heads(0.3, window=40),
+        Heads(0.3, chunk=64),
+        Heads(0.3, softcap=2.0),
+        Heads(0.3, sinks=torch.ones(4)),
+    ],
     ids=["plain", "window", "chunk", "softcap", "sinks"],
 )
 def test_many_rows_go_in_blocks_unseen(num_cached: int, parents: list[int], heads: Heads) -> None:
@@ -138,10 +156,21 @@ def test_many_rows_go_in_blocks_unseen(num_cached: int, parents: list[int], head
 
 
 @pytest.mark.parametrize("start", [0, 3, 300])
-@pytest.mark.parametrize("near", [Near(7, 1190), Near(200, 1190), Near(200, 1200), Near(200, 500), Near(5000, 1190)])
-@pytest.mark.parametrize("heads", [Heads(0.3), Heads(0.3, softcap=2.0), Heads(0.3, sinks=torch.ones(4))])
+@pytest.mark.parametrize(
+    "near",
+    [
+        LocalWindow(7, 1190),
+        LocalWindow(200, 1190),
+        LocalWindow(200, 1200),
+        LocalWindow(200, 500),
+        LocalWindow(5000, 1190),
+    ],
+)
+@pytest.mark.parametrize(
+    "heads", [Heads(0.3), Heads(0.3, softcap=2.0), Heads(0.3, sinks=torch.ones(4))]
+)
 def test_rows_that_look_near_see_what_is_near_and_the_first_few_and_the_last_rows_see_all(
-    start: int, near: Near, heads: Heads
+    start: int, near: LocalWindow, heads: Heads
 ) -> None:
     torch.manual_seed(0)
     kv, places = filled(list(range(1200)), 2), torch.arange(start, 1200)
@@ -151,9 +180,15 @@ def test_rows_that_look_near_see_what_is_near_and_the_first_few_and_the_last_row
 
 def test_keys_that_are_not_there_take_nothing_from_those_that_are() -> None:
     torch.manual_seed(0)
-    kv, more, query = filled([0, 1, 2, 9], 2), torch.randn(1, 2, 3, SIZE), torch.randn(1, 4, 1, SIZE)
+    kv, more, query = (
+        filled([0, 1, 2, 9], 2),
+        torch.randn(1, 2, 3, SIZE),
+        torch.randn(1, 4, 1, SIZE),
+    )
     rows, heads = Rows(torch.tensor([9]), 9), Heads(0.3)
     some = attention_of(query, kv, rows, heads, More(more, torch.tensor([True, False, True])))
-    without = attention_of(query, kv, rows, heads, More(more[:, :, ::2], torch.tensor([True, True])))
+    without = attention_of(
+        query, kv, rows, heads, More(more[:, :, ::2], torch.tensor([True, True]))
+    )
     torch.testing.assert_close(some[:, :, [0, 1, 2, 3, 4, 6]], without)
     assert not some[:, :, 5].any()

@@ -5,14 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from lazyahead.hf.cache import Growing, LayerKV
+from lazyahead.cache.kv import GrowableTensor, LayerKV
 
 
 def values(start: int, num: int) -> torch.Tensor:
     """(1, 2, T, 3) rows that tell each other apart."""
-    return torch.arange(start, start + num).view(1, 1, num, 1) + torch.tensor([0.0, 0.5]).view(1, 2, 1, 1).expand(
-        1, 2, num, 3
-    )
+    return torch.arange(start, start + num).view(1, 1, num, 1) + torch.tensor([0.0, 0.5]).view(
+        1, 2, 1, 1
+    ).expand(1, 2, num, 3)
 
 
 class KVMachine(RuleBasedStateMachine):
@@ -43,7 +43,9 @@ class KVMachine(RuleBasedStateMachine):
     @rule(num_tokens=st.integers(0, 60))
     def crop(self, num_tokens: int) -> None:
         stayed = self.kv.crop(num_tokens).tolist()
-        assert stayed == [slot for slot, (_, position) in enumerate(self.model) if position < num_tokens]
+        assert stayed == [
+            slot for slot, (_, position) in enumerate(self.model) if position < num_tokens
+        ]
         self.model = [self.model[slot] for slot in stayed]
 
     @invariant()
@@ -58,9 +60,14 @@ class KVMachine(RuleBasedStateMachine):
 TestLayerKV = KVMachine.TestCase
 
 
-@given(st.lists(st.tuples(st.integers(0, 700), st.integers(1, 20)), min_size=1, max_size=12), st.booleans())
-def test_rows_written_anywhere_are_found_there(writes: list[tuple[int, int]], scattered: bool) -> None:
-    growing, model = Growing(), dict[int, int]()
+@given(
+    st.lists(st.tuples(st.integers(0, 700), st.integers(1, 20)), min_size=1, max_size=12),
+    st.booleans(),
+)
+def test_rows_written_anywhere_are_found_there(
+    writes: list[tuple[int, int]], scattered: bool
+) -> None:
+    growing, model = GrowableTensor(), dict[int, int]()
     for count, (start, num) in enumerate(writes):
         rows = torch.arange(num) + 1000 * count
         if scattered:
@@ -73,7 +80,7 @@ def test_rows_written_anywhere_are_found_there(writes: list[tuple[int, int]], sc
 
 
 def test_a_view_taken_before_growth_is_not_changed_by_it() -> None:
-    growing = Growing()
+    growing = GrowableTensor()
     growing.append(torch.zeros(3))
     before = growing.rows
     growing.append(torch.ones(5000))
@@ -81,5 +88,5 @@ def test_a_view_taken_before_growth_is_not_changed_by_it() -> None:
 
 
 def test_an_empty_buffer_says_so() -> None:
-    assert len(Growing()) == 0
-    assert Growing().nbytes == 0
+    assert len(GrowableTensor()) == 0
+    assert GrowableTensor().nbytes == 0

@@ -1,4 +1,5 @@
-"""What is read off a model by watching it: masks, tables, attention that cannot be replaced, loading."""
+"""What is read off a model by watching it: masks, tables, attention that cannot be replaced,
+loading."""
 
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from torch import Tensor
 
 from lazyahead import LLM, Sampling, accelerate, probe
 from lazyahead.errors import LazyAheadError, RequestError
-from lazyahead.hf.anatomy import _reach
 from lazyahead.hf.load import load
-from lazyahead.hf.look import Unfit
+from lazyahead.hf.model_spec import _reach
 from lazyahead.hf.probe import examine
 from lazyahead.hf.rope import Rope
+from lazyahead.hf.trace import Unfit
 
 CPU = torch.device("cpu")
 FAR = 4096
@@ -36,7 +37,9 @@ def test_windows_and_chunks_are_read_off_the_mask(size: int, is_window: bool) ->
 
     window, chunk = _reach(rule, FAR, CPU, 0)
     assert size in (window, chunk)
-    assert (window, chunk) == ((size, None) if is_window else (None, size)) or size == 1  # then they are the same
+    assert (window, chunk) == (
+        (size, None) if is_window else (None, size)
+    ) or size == 1  # then they are the same
 
 
 def test_a_causal_mask_has_no_reach() -> None:
@@ -47,9 +50,15 @@ def test_a_causal_mask_has_no_reach() -> None:
     "rule",
     [
         lambda b, h, query, key: key < FAR + query * 0,  # sees what comes after
-        lambda b, h, query, key: causal(b, h, query, key) | (key < 4),  # a prefix that everybody sees
-        lambda b, h, query, key: causal(b, h, query, key) & ((key > query - 8) | (key < 4)),  # sinks and a window
-        lambda b, h, query, key: causal(b, h, query, key) & (key % 2 == query % 2),  # every other key
+        lambda b, h, query, key: (
+            causal(b, h, query, key) | (key < 4)
+        ),  # a prefix that everybody sees
+        lambda b, h, query, key: (
+            causal(b, h, query, key) & ((key > query - 8) | (key < 4))
+        ),  # sinks and a window
+        lambda b, h, query, key: (
+            causal(b, h, query, key) & (key % 2 == query % 2)
+        ),  # every other key
     ],
     ids=["both ways", "prefix", "sinks", "dilated"],
 )
@@ -68,10 +77,10 @@ def test_tables_that_layers_share_are_kept_once() -> None:
 
 
 def test_layers_of_different_width_have_a_mean_shape() -> None:
-    _, anatomy = examine(MORE_FAMILIES["gemma4"]())
-    assert anatomy is not None
-    assert len(set(anatomy.widths)) == 2
-    assert anatomy.layer_shape.attention_width == sum(anatomy.widths) // anatomy.num_layers
+    _, spec = examine(MORE_FAMILIES["gemma4"]())
+    assert spec is not None
+    assert len(set(spec.widths)) == 2
+    assert spec.layer_shape.attention_width == sum(spec.widths) // spec.num_layers
 
 
 def test_an_argument_that_attention_does_not_know_is_refused() -> None:
@@ -102,7 +111,10 @@ def test_pictures_are_refused_not_dropped() -> None:
     model, ids = MORE_FAMILIES["gemma3_vl"](), prompt(20)
     with accelerate(model, prefill=None), pytest.raises(RequestError, match="cannot be combined"):
         model.generate(
-            ids, attention_mask=torch.ones_like(ids), pixel_values=torch.ones(1, 3, 28, 28), max_new_tokens=2
+            ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=torch.ones(1, 3, 28, 28),
+            max_new_tokens=2,
         )
 
 
@@ -113,7 +125,10 @@ def test_a_family_that_refuses_sdpa_is_loaded_all_the_same(tmp_path: Path) -> No
 
 
 def test_after_a_failed_pass_the_whole_text_is_read_anew() -> None:
-    llm, sampling = LLM(HYBRID_FAMILIES["mamba"](), prefill=None, decode=None), Sampling(max_new_tokens=3)
+    llm, sampling = (
+        LLM(HYBRID_FAMILIES["mamba"](), prefill=None, decode=None),
+        Sampling(max_new_tokens=3),
+    )
     session, text = llm.session(), prompt(20)[0].tolist()
     list(llm.stream(text, sampling=sampling, session=session))
     text = [*session.history, 5]
@@ -121,8 +136,14 @@ def test_after_a_failed_pass_the_whole_text_is_read_anew() -> None:
     with pytest.raises(ArithmeticError):
         list(llm.stream(text, sampling=sampling, session=session))
     handle.remove()
-    again = [token for piece in llm.stream(text, sampling=sampling, session=session) for token in piece.token_ids]
-    assert again == [token for piece in llm.stream(text, sampling=sampling) for token in piece.token_ids]
+    again = [
+        token
+        for piece in llm.stream(text, sampling=sampling, session=session)
+        for token in piece.token_ids
+    ]
+    assert again == [
+        token for piece in llm.stream(text, sampling=sampling) for token in piece.token_ids
+    ]
 
 
 def test_a_state_of_another_length_is_not_continued() -> None:
@@ -131,7 +152,11 @@ def test_a_state_of_another_length_is_not_continued() -> None:
     list(llm.stream(prompt(20)[0].tolist(), sampling=Sampling(max_new_tokens=3), session=session))
     session.token_ids.pop()
     with pytest.raises(LazyAheadError, match="was lost"):
-        list(llm.stream([*session.token_ids, 7, 8], sampling=Sampling(max_new_tokens=3), session=session))
+        list(
+            llm.stream(
+                [*session.token_ids, 7, 8], sampling=Sampling(max_new_tokens=3), session=session
+            )
+        )
 
 
 def _fail(module: Any, args: Any) -> None:

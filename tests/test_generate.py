@@ -1,4 +1,5 @@
-"""transformers' own entry: whatever `generate` honours is honoured, what cannot be is refused by name."""
+"""transformers' own entry: whatever `generate` honours is honoured, what cannot be is refused by
+name."""
 
 from contextlib import nullcontext
 
@@ -25,7 +26,8 @@ WAYS = [(None, None), (None, Lookahead()), (KEEP_ALL, Lookahead())]
 
 
 def batch(num_rows=3, length=40, vocab=96):
-    """Rows that repeat themselves (so that drafts are found), padded on the left to different lengths."""
+    """Rows that repeat themselves (so that drafts are found), padded on the left to different
+    lengths."""
     ids = torch.randint(3, vocab, (num_rows, length), generator=torch.Generator().manual_seed(0))
     ids[:, length // 2 :] = ids[:, : length // 2]
     mask = torch.ones_like(ids)
@@ -60,7 +62,9 @@ class Favour(LogitsProcessor):
 def test_a_padded_batch_gets_the_answers_of_transformers(family, way):
     model = tiny(family)[0]
     out, stats = run(model, way, batch())
-    if family == "llama4":  # transformers counts its chunks from the padding; each row alone is the truth
+    if (
+        family == "llama4"
+    ):  # transformers counts its chunks from the padding; each row alone is the truth
         for row, ids in enumerate(batch()["input_ids"]):
             alone = ids[None, 6 * row :]
             expected = model.generate(alone, attention_mask=torch.ones_like(alone), **PLAIN)
@@ -113,7 +117,12 @@ def test_the_models_own_generation_config_is_honoured():
 @pytest.mark.parametrize("way", WAYS[1:])
 def test_scores_and_logits_are_those_of_transformers(way):
     model = tiny("llama")[0]
-    asked = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "repetition_penalty": 1.2}
+    asked = {
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "output_logits": True,
+        "repetition_penalty": 1.2,
+    }
     expected = model.generate(**batch(), **PLAIN, **asked)
     out, _ = run(model, way, batch(), **asked)
     assert out.sequences.tolist() == expected.sequences.tolist()
@@ -127,7 +136,10 @@ def test_scores_and_logits_are_those_of_transformers(way):
 
 
 def test_each_of_several_sequences_per_prompt_is_a_draw_of_its_own():
-    model, asked = tiny("llama")[0], {"do_sample": True, "temperature": 1.5, "num_return_sequences": 3}
+    model, asked = (
+        tiny("llama")[0],
+        {"do_sample": True, "temperature": 1.5, "num_return_sequences": 3},
+    )
     outs = []
     for decode in (None, Lookahead(), None):
         torch.manual_seed(3)
@@ -171,7 +183,9 @@ def test_stop_strings_end_the_answer_where_transformers_ends_it():
     with pytest.raises(RequestError, match="tokenizer"):
         run(model, (None, None), one(), stop_strings=[stop])
     model.generation_config.stop_strings = [stop]
-    assert run(model, (None, Lookahead()), one(), tokenizer=tokenizer)[0].tolist() == expected.tolist()
+    assert (
+        run(model, (None, Lookahead()), one(), tokenizer=tokenizer)[0].tolist() == expected.tolist()
+    )
     assert model.generation_config.stop_strings == [stop]
 
 
@@ -225,7 +239,9 @@ def test_a_streamer_hears_what_transformers_would_tell_it():
 )
 def test_what_cannot_be_honoured_is_refused_by_name(name, options):
     model = tiny("llama")[0]
-    options = {key: model if value == "the model itself" else value for key, value in options.items()}
+    options = {
+        key: model if value == "the model itself" else value for key, value in options.items()
+    }
     with pytest.raises(RequestError, match=name):
         run(model, WAYS[1], one(), **options)
     assert run(model, WAYS[1], one())[0].shape == (1, 54)
@@ -245,9 +261,14 @@ def test_inputs_that_would_be_read_otherwise_are_refused(options, message):
 
 
 def test_an_encoder_decoder_is_refused_on_entry():
-    config = AutoConfig.for_model("t5", vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    config = AutoConfig.for_model(
+        "t5", vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
     model = AutoModelForSeq2SeqLM.from_config(config)
-    with pytest.raises(UnsupportedModelError, match="encoder-decoder"), accelerate(model, None, None):
+    with (
+        pytest.raises(UnsupportedModelError, match="encoder-decoder"),
+        accelerate(model, None, None),
+    ):
         pass
     assert "generate" not in model.__dict__
 
@@ -302,13 +323,22 @@ def test_drafts_change_no_text_however_the_prompt_is_read(prefill):
     for decode in (None, Lookahead(), Lookahead(mode="parallel")):
         torch.manual_seed(0)
         texts.append(
-            run(model, (prefill, decode), batch(), do_sample=True, temperature=0.5, max_new_tokens=40)[0].tolist()
+            run(
+                model,
+                (prefill, decode),
+                batch(),
+                do_sample=True,
+                temperature=0.5,
+                max_new_tokens=40,
+            )[0].tolist()
         )
     assert texts[0] == texts[1] == texts[2]
 
 
 def test_a_step_can_bring_several_tokens():
-    _, stats = run(tiny("llama")[0], (None, Lookahead()), one(), max_new_tokens=60, repetition_penalty=0.7)
+    _, stats = run(
+        tiny("llama")[0], (None, Lookahead()), one(), max_new_tokens=60, repetition_penalty=0.7
+    )
     assert stats[0].answer_tokens == 60
     assert stats[0].tokens_per_step >= 1.0
 

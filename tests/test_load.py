@@ -17,7 +17,8 @@ NAME = "someone/some-model"
 
 @pytest.fixture
 def cached(tmp_path, monkeypatch) -> Path:
-    """The folder in which the hub's cache keeps a model that was loaded before. The network fails loudly."""
+    """The folder in which the hub's cache keeps a model that was loaded before. The network fails
+    loudly."""
     repository = tmp_path / "models--someone--some-model"
     snapshot = repository / "snapshots" / ("a" * 40)
     snapshot.mkdir(parents=True)
@@ -52,7 +53,9 @@ def test_a_cached_model_asks_no_network(cached):
 
 
 @pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json", "config.json"])
-def test_what_is_cached_in_part_is_looked_for_and_the_error_is_one_line(cached, no_network, missing):
+def test_what_is_cached_in_part_is_looked_for_and_the_error_is_one_line(
+    cached, no_network, missing
+):
     (cached / missing).unlink()
     with pytest.raises(ModelNotFoundError, match=NAME) as error:
         load(NAME, "float32")

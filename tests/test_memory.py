@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lazyahead import LLM, Lookahead, Sampling, accelerate
 from lazyahead.draft.answers import AnswerLog, Owner
-from lazyahead.draft.build import drafter_for
+from lazyahead.draft.factory import drafter_for
 from lazyahead.draft.trie_drafter import NUM_LEAD
 from lazyahead.errors import ConfigError, MemoryFileError
 from lazyahead.hf.fingerprint import owner_of, tokenizer_fingerprint
@@ -83,7 +83,9 @@ def test_remembered_answers_save_steps_and_change_no_text(model, tmp_path):
     config = Lookahead(memory=str(tmp_path / "answers.db"), namespace="team")
     plain = llm_for(model, None).generate(PROMPT, sampling=SAMPLING)
     first, second = (llm_for(model, config).generate(PROMPT, sampling=SAMPLING) for _ in range(2))
-    stranger = llm_for(model, replace(config, namespace="other")).generate(PROMPT, sampling=SAMPLING)
+    stranger = llm_for(model, replace(config, namespace="other")).generate(
+        PROMPT, sampling=SAMPLING
+    )
     assert plain.token_ids == first.token_ids == second.token_ids == stranger.token_ids
     assert second.stats.num_steps < first.stats.num_steps
     assert stranger.stats.num_steps == first.stats.num_steps
@@ -107,7 +109,9 @@ def test_what_was_cancelled_is_not_remembered(model, tmp_path):
 
 def test_generate_inside_accelerate_remembers_in_the_same_file(model, tmp_path):
     config = Lookahead(memory=str(tmp_path / "answers.db"))
-    completion = llm_for(model, config).generate(PROMPT, sampling=replace(SAMPLING, temperature=0.0))
+    completion = llm_for(model, config).generate(
+        PROMPT, sampling=replace(SAMPLING, temperature=0.0)
+    )
     ids = torch.tensor([llm_for(model, None).encode(PROMPT).token_ids])
     with accelerate(model, prefill=None, decode=config) as accelerated:
         output = model.generate(ids, max_new_tokens=24, min_new_tokens=24, do_sample=False)

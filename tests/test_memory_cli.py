@@ -55,7 +55,15 @@ def test_import_list_and_clear_make_a_round_trip(model, file, tmp_path, last_jso
     (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     (tmp_path / "a.txt").write_text(ANSWER * 2)
     values = last_json(
-        "import", str(tmp_path / "lines.jsonl"), str(tmp_path / "a.txt"), "-f", file, "-m", model, "--namespace", "x"
+        "import",
+        str(tmp_path / "lines.jsonl"),
+        str(tmp_path / "a.txt"),
+        "-f",
+        file,
+        "-m",
+        model,
+        "--namespace",
+        "x",
     )
     assert values.keys() >= COMMON | {"files", "sequences", "tokens"}
     assert (values["files"], values["sequences"]) == (2, 4)
@@ -78,7 +86,20 @@ def test_what_is_imported_is_drafted_from(model, file, tmp_path, capsys):
     first = LLM(model, prefill=None, decode=None).generate(ANSWER, sampling=sampling)
     (tmp_path / "answers.jsonl").write_text(json.dumps({"tokens": list(first.token_ids)}))
     assert (
-        run(["memory", "import", str(tmp_path / "answers.jsonl"), "-f", file, "-m", model, "--namespace", "docs"]) == 0
+        run(
+            [
+                "memory",
+                "import",
+                str(tmp_path / "answers.jsonl"),
+                "-f",
+                file,
+                "-m",
+                model,
+                "--namespace",
+                "docs",
+            ]
+        )
+        == 0
     )
     assert "remembered" in capsys.readouterr().out
     again = LLM(model, prefill=None, decode=config).generate(ANSWER, sampling=sampling)
@@ -86,7 +107,9 @@ def test_what_is_imported_is_drafted_from(model, file, tmp_path, capsys):
     assert again.stats.num_steps < first.stats.num_steps
 
 
-def test_a_folder_brings_its_texts_and_leaves_out_the_rest(model, file, tmp_path, last_json, capsys):
+def test_a_folder_brings_its_texts_and_leaves_out_the_rest(
+    model, file, tmp_path, last_json, capsys
+):
     folder = tmp_path / "docs"
     (folder / ".git").mkdir(parents=True)
     (folder / "deep").mkdir()
@@ -102,7 +125,9 @@ def test_a_folder_brings_its_texts_and_leaves_out_the_rest(model, file, tmp_path
 def test_a_namespace_is_cleared_and_the_others_stay(model, file, tmp_path, last_json, refused):
     (tmp_path / "a.txt").write_text(ANSWER)
     for namespace in ("a", "b"):
-        last_json("import", str(tmp_path / "a.txt"), "-f", file, "-m", model, "--namespace", namespace)
+        last_json(
+            "import", str(tmp_path / "a.txt"), "-f", file, "-m", model, "--namespace", namespace
+        )
     assert last_json("clear", "-f", file, "--namespace", "a")["cleared"] == 1
     assert held(file, "a") == []
     assert held(file, "b") == [ANSWER]
@@ -111,7 +136,10 @@ def test_a_namespace_is_cleared_and_the_others_stay(model, file, tmp_path, last_
 
 def test_tables_are_for_people(model, file, tmp_path, capsys):
     (tmp_path / "a.txt").write_text(ANSWER)
-    for arguments in (["import", str(tmp_path / "a.txt"), "-f", file, "-m", model], ["list", "-f", file]):
+    for arguments in (
+        ["import", str(tmp_path / "a.txt"), "-f", file, "-m", model],
+        ["list", "-f", file],
+    ):
         assert run(["memory", *arguments]) == 0
     assert "default" in capsys.readouterr().out
     assert run(["memory", "clear", "-f", file]) == 0
@@ -129,7 +157,9 @@ def test_tables_are_for_people(model, file, tmp_path, capsys):
         ("", "empty"),
     ],
 )
-def test_a_line_that_means_nothing_is_refused_by_number(model, file, tmp_path, refused, line, names):
+def test_a_line_that_means_nothing_is_refused_by_number(
+    model, file, tmp_path, refused, line, names
+):
     path = tmp_path / "lines.jsonl"
     path.write_text(line)
     said = refused("import", str(path), "-f", file, "-m", model)
@@ -144,15 +174,17 @@ def test_what_is_not_there_or_no_memory_is_refused(model, file, tmp_path, refuse
     assert "no texts" in refused("import", str(tmp_path), "-f", file, "-m", model)
     (tmp_path / "a.txt").write_text(ANSWER)
     (tmp_path / "other.db").write_bytes(b"something else" * 200)
-    assert "other.db" in refused("import", str(tmp_path / "a.txt"), "-f", str(tmp_path / "other.db"), "-m", model)
+    assert "other.db" in refused(
+        "import", str(tmp_path / "a.txt"), "-f", str(tmp_path / "other.db"), "-m", model
+    )
     assert "capacity_bytes" in refused(
         "import", str(tmp_path / "a.txt"), "-f", file, "-m", model, "--capacity-bytes", "100"
     )
 
 
 def test_generate_takes_a_memory_only_where_it_drafts(tmp_path) -> None:
-    from lazyahead.cli.options import parse_decode  # noqa: PLC0415
-    from lazyahead.errors import ConfigError  # noqa: PLC0415
+    from lazyahead.cli.options import parse_decode
+    from lazyahead.errors import ConfigError
 
     decode = parse_decode(None, tmp_path / "answers.db", "team-a")
     assert decode is not None

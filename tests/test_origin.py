@@ -1,4 +1,5 @@
-"""Every token of an answer has an origin, and every character of it is shown once, whatever pieces it came in."""
+"""Every token of an answer has an origin, and every character of it is shown once, whatever pieces
+it came in."""
 
 import json
 from html import unescape
@@ -14,7 +15,7 @@ from tiny import byte_fallback, byte_level, save_model
 from lazyahead.cli import run
 from lazyahead.cli.origin import OWN, ColourPrinter, Painter, as_json, counts, legend, parts
 from lazyahead.config import Lookahead
-from lazyahead.draft.build import drafter_for
+from lazyahead.draft.factory import drafter_for
 from lazyahead.draft.tree import Draft, Source
 from lazyahead.results import Completion, Piece, Stats
 from lazyahead.text import Detokenizer
@@ -29,7 +30,9 @@ def completion(text, sources, tokenizer=None):
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     detokenizer = Detokenizer(tokenizer)
     text = "".join(map(detokenizer.add, ids)) + detokenizer.flush()
-    return Completion(text, ids, STATS, "stop", tuple(sources[i % len(sources)] for i in range(len(ids))))
+    return Completion(
+        text, ids, STATS, "stop", tuple(sources[i % len(sources)] for i in range(len(ids)))
+    )
 
 
 @given(TEXT, SOURCES, st.booleans())
@@ -42,7 +45,12 @@ def test_the_parts_joined_are_the_text_and_hold_each_token_once(text, sources, f
     assert all(a.origin != b.origin for a, b in pairwise(found))
 
 
-@given(st.text("abc é", max_size=30), SOURCES, st.lists(st.integers(0, 30), max_size=4), st.integers(0, 3))
+@given(
+    st.text("abc é", max_size=30),
+    SOURCES,
+    st.lists(st.integers(0, 30), max_size=4),
+    st.integers(0, 3),
+)
 def test_pieces_that_hold_text_back_are_painted_as_the_whole(text, sources, cuts, held):
     answer = completion(text, sources)
     painter, shown, start = Painter(byte_level()), 0, 0
@@ -51,7 +59,9 @@ def test_pieces_that_hold_text_back_are_painted_as_the_whole(text, sources, cuts
         is_last = cut == len(answer.token_ids)
         ready = byte_level().decode(answer.token_ids[:cut], skip_special_tokens=True).rstrip("�")
         end = len(answer.text) if is_last else max(shown, len(ready) - held)
-        painted += painter.add(answer.text[shown:end], answer.token_ids[start:cut], answer.sources[start:cut])
+        painted += painter.add(
+            answer.text[shown:end], answer.token_ids[start:cut], answer.sources[start:cut]
+        )
         shown, start = end, cut
     whole = Painter(byte_level()).add(answer.text, answer.token_ids, answer.sources)
     assert _characters(painted) == _characters(whole)
@@ -69,7 +79,9 @@ def test_text_behind_a_stop_string_has_no_part():
 
 def test_without_drafts_all_is_the_models_own():
     answer = completion("yes", [None])
-    assert as_json(byte_level(), answer) == [{"source": "model", "text": "yes", "tokens": len(answer.token_ids)}]
+    assert as_json(byte_level(), answer) == [
+        {"source": "model", "text": "yes", "tokens": len(answer.token_ids)}
+    ]
     assert counts(answer)[OWN] == len(answer.token_ids)
 
 
@@ -81,7 +93,10 @@ def test_the_legend_counts_and_names_memory_only_where_it_helped():
 
 
 def test_an_answer_is_the_sum_of_its_pieces_sources_too():
-    pieces = [Piece("a", (1, 2), STATS, None, (Source.PROMPT, None)), Piece("b", (3,), STATS, "stop", (None,))]
+    pieces = [
+        Piece("a", (1, 2), STATS, None, (Source.PROMPT, None)),
+        Piece("b", (3,), STATS, "stop", (None,)),
+    ]
     assert Completion.fold(pieces).sources == (Source.PROMPT, None, None)
 
 
@@ -90,10 +105,13 @@ def test_the_page_tells_origins_apart_without_colour():
     shown = html.partition('<div class="text answer">')[2].partition("</div>")[0]
     assert 'class="from-prompt" data-words="drafted from the prompt, 1 token"' in shown
     assert "<b>" not in shown
-    assert "".join(part.partition(">")[2] for part in unescape(shown).split("<span ")).replace("</span>", "") == (
-        "<b>yes</b>"
-    )
-    styles = [html.partition(f".from-{name} {{")[2].partition("}")[0] for name in ("prompt", "answer", "memory")]
+    assert "".join(part.partition(">")[2] for part in unescape(shown).split("<span ")).replace(
+        "</span>", ""
+    ) == ("<b>yes</b>")
+    styles = [
+        html.partition(f".from-{name} {{")[2].partition("}")[0]
+        for name in ("prompt", "answer", "memory")
+    ]
     assert ["solid" in styles[0], "double" in styles[1], "wavy" in styles[2]] == [True] * 3
 
 
@@ -102,11 +120,16 @@ def test_the_engine_tells_the_source_of_every_token(reading):
     known = prompts(40)[0]
     for drafter in (None, drafter_for(Lookahead())):
         engine = engine_for("llama", PREFILLS[reading], drafter)
-        told = []
-        request = request_for(engine, known, 30, emit=lambda ids, _: told.append((len(ids), request.sources)))  # noqa: B023
+        emitted = []
+        request = request_for(
+            engine,
+            known,
+            30,
+            emit=lambda ids, _, emitted=emitted: emitted.append((len(ids), request.sources)),
+        )
         finish(engine, [request])
-        assert all(len(sources) == num for num, sources in told)
-        sources = [source for _, some in told for source in some]
+        assert all(len(sources) == num for num, sources in emitted)
+        sources = [source for _, some in emitted for source in some]
         drafted = sum(source is not None for source in sources)
         assert drafted == 0 if drafter is None else drafted >= 30 - 1 - request.num_steps
         assert drafted <= 30 - request.num_steps
@@ -119,7 +142,9 @@ def test_a_blocked_or_own_token_is_the_models_own():
     assert Draft.EMPTY.sources_of([], 1) == (None,)
 
 
-@pytest.mark.parametrize("text", ["a\nb", "\n\n", "x \n  y ", "[bold]a[/]", "word " * 60, "tab\tstop"])
+@pytest.mark.parametrize(
+    "text", ["a\nb", "\n\n", "x \n  y ", "[bold]a[/]", "word " * 60, "tab\tstop"]
+)
 def test_a_terminal_gets_the_text_as_it_is(text, capsys):
     answer = completion(text, [Source.PROMPT, None, Source.OUTPUT])
     show = ColourPrinter(byte_level())

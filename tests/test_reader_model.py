@@ -35,7 +35,8 @@ def load_tokenizer():  # type: ignore[no-untyped-def]
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Tiny models are no faster on two threads, and far slower when another process holds one of the cores."""
+    """Tiny models are no faster on two threads, and far slower when another process holds one of
+    the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -74,8 +75,12 @@ def test_the_reader_answers(tokenizer) -> None:  # type: ignore[no-untyped-def]
     for sample in samples("single_doc_qa", 512, seed=1, n=4):
         ids = tokenizer(sample.prompt, return_tensors="pt").input_ids
         with torch.inference_mode():
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
-        scores.append(score(sample, tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)))
+            output = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False
+            )
+        scores.append(
+            score(sample, tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+        )
     assert sum(scores) / len(scores) >= 0.75
 
 
@@ -91,7 +96,12 @@ def test_measures_have_their_known_values() -> None:
 
 
 def test_quoting_the_question_scores_nothing() -> None:
-    sample = Sample("single_doc_qa", "", "What is the emblem of Velmora Mill?", "The emblem of Velmora Mill is oak.")
+    sample = Sample(
+        "single_doc_qa",
+        "",
+        "What is the emblem of Velmora Mill?",
+        "The emblem of Velmora Mill is oak.",
+    )
     assert score(sample, "The emblem of Velmora Mill is oak.") == 1.0
     assert score(sample, "The emblem of Velmora Mill is lion.") == 0.0
 

@@ -16,13 +16,15 @@ EVERYTHING = (*CATEGORIES, *WORKLOADS)
 
 
 def facts_of(sample: Sample) -> list[str]:
-    """What an answer says beyond its question: numbers and words that a reader must find in the document."""
+    """What an answer says beyond its question: numbers and words that a reader must find in the
+    document."""
     asked = set(re.findall(r"\w+", sample.question))
     return [word for word in re.findall(r"\w+", sample.answer) if word not in asked]
 
 
 def names_in(text: str) -> set[str]:
-    """Invented names: capitalized words that are followed by another capital, or end a sentence of ours."""
+    """Invented names: capitalized words that are followed by another capital, or end a sentence of
+    ours."""
     return set(re.findall(r"(?:of|to|[Ff]or|In) ([A-Z][a-z]+)\b", text))
 
 
@@ -58,7 +60,9 @@ def test_evaluation_names_are_never_training_names(category: str, seed: int) -> 
 def test_prompts_have_the_asked_length(category: str, length: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(reader_path())
     for sample in samples(category, length, seed=2, n=2):
-        assert len(tokenizer(sample.prompt, truncation=False).input_ids) == pytest.approx(length, rel=0.15)
+        assert len(tokenizer(sample.prompt, truncation=False).input_ids) == pytest.approx(
+            length, rel=0.15
+        )
 
 
 def test_heldout_statements_appear_only_when_asked_for() -> None:

@@ -1,4 +1,5 @@
-"""How tokens are chosen: reproducible by seed, true to the model's distribution, refused where it means nothing."""
+"""How tokens are chosen: reproducible by seed, true to the model's distribution, refused where it
+means nothing."""
 
 from collections import Counter
 from math import inf, nan
@@ -35,7 +36,9 @@ def test_a_seed_gives_one_text_whatever_is_drafted_and_whoever_is_beside():
 def test_seeds_that_differ_in_any_bit_give_different_noise():
     like = torch.zeros(64)
     noise = [
-        Picker(do_sample=True, seed=seed)._noise(offset, like) for seed in (0, 1, 1 << 32, 1 << 62) for offset in (0, 1)
+        Picker(do_sample=True, seed=seed)._noise(offset, like)
+        for seed in (0, 1, 1 << 32, 1 << 62)
+        for offset in (0, 1)
     ]
     for i, left in enumerate(noise):
         assert all(not torch.equal(left, right) for right in noise[i + 1 :])
@@ -54,17 +57,24 @@ def test_draws_follow_the_distribution(offset):
 
 
 def test_a_drafted_answer_keeps_the_distribution_of_the_model():
-    """The first two tokens over 400 seeds, the likeliest pairs drafted. Chi-square against the model's own chances."""
+    """The first two tokens over 400 seeds, the likeliest pairs drafted. Chi-square against the
+    model's own chances."""
     (text,) = prompts(20)
     model, picker = tiny("llama")[0], picker_for(Sampling(temperature=3.0, top_k=3), 20, ())
 
     def chances(ids):
-        logits = picker.process(model(torch.tensor([ids]), use_cache=False).logits[0, -1].detach(), torch.tensor([ids]))
+        logits = picker.process(
+            model(torch.tensor([ids]), use_cache=False).logits[0, -1].detach(), torch.tensor([ids])
+        )
         return {token: float(p) for token, p in enumerate(logits.softmax(-1)) if p > 0}
 
-    expected = {(a, b): p * q for a, p in chances(text).items() for b, q in chances([*text, a]).items()}
+    expected = {
+        (a, b): p * q for a, p in chances(text).items() for b, q in chances([*text, a]).items()
+    }
     drafter = FakeDrafter(
-        "sometimes", {tuple(text): [*max(expected, key=expected.get), 3]}, extra=[b for _, b in expected]
+        "sometimes",
+        {tuple(text): [*max(expected, key=expected.get), 3]},
+        extra=[b for _, b in expected],
     )
     drawn = Counter()
     for seed in range(400):
@@ -87,7 +97,11 @@ def test_the_likeliest_token_is_taken_at_temperature_zero_and_processors_are_kep
 def test_an_answer_longer_than_any_room_made_for_it_is_seen_whole():
     seen = []
     request = answer(
-        "llama", [3], None, num_tokens=400, accept=lambda _, r: seen.append(r) if len(r.answer) == 400 else None
+        "llama",
+        [3],
+        None,
+        num_tokens=400,
+        accept=lambda _, r: seen.append(r) if len(r.answer) == 400 else None,
     )
     assert seen[0].prefix(())[0].tolist() == [3, *request.answer]
 

@@ -13,7 +13,17 @@ from lazyahead.reader import samples
 from lazyahead.reader.prompt import READ_FIRST
 
 SHORT = ("--length", "320", "--n", "1", "--dtype", "float32")
-CONTRACT = {"category", "method", "prefill", "score", "relative", "agree", "revived", "ttft_s", "ttft_ratio"}
+CONTRACT = {
+    "category",
+    "method",
+    "prefill",
+    "score",
+    "relative",
+    "agree",
+    "revived",
+    "ttft_s",
+    "ttft_ratio",
+}
 METHODS = ["full", "lazy", "lazy_no_revival", "static_prune"]
 
 
@@ -38,7 +48,11 @@ def test_the_contract_is_fulfilled(capsys):
         if row["method"] != "lazy":
             assert row["revived"] == 0
         if row["method"] == "full":
-            assert (row["agree"], row["prompt_tokens_computed"], row["first_ttft_speedup"]) == (1.0, 1.0, 1.0)
+            assert (row["agree"], row["prompt_tokens_computed"], row["first_ttft_speedup"]) == (
+                1.0,
+                1.0,
+                1.0,
+            )
             assert row["relative"] == (1.0 if row["score"] else None)
         else:
             assert row["prompt_tokens_computed"] < 1
@@ -49,7 +63,10 @@ def test_any_model_is_measured_without_a_chat_template_too(capsys, tmp_path):
     options = ("--model", model, "--categories", "few_shot", "--prefill", "fast")
     assert run(["bench", "second-turn", *SHORT, *options]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("few shot", "full", "lazy, fast", "lazy no revival, fast", "static prune"))
+    assert all(
+        name in shown
+        for name in ("few shot", "full", "lazy, fast", "lazy no revival, fast", "static prune")
+    )
 
 
 @pytest.mark.parametrize("first", FIRST_TURNS)

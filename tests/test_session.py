@@ -1,4 +1,5 @@
-"""Conversations: what is shared is not read again, what is cut is gone, and what is on disk is whole and one's own."""
+"""Conversations: what is shared is not read again, what is cut is gone, and what is on disk is
+whole and one's own."""
 
 import json
 from dataclasses import replace
@@ -23,9 +24,9 @@ from support import (
 )
 
 from lazyahead import LLM, LazyPrefill, Lookahead, Sampling
+from lazyahead.cache.session_file import load_session, save_session
 from lazyahead.config import PRESETS
 from lazyahead.errors import ConfigError, RequestError, SessionFileError
-from lazyahead.session_file import load_session, save_session
 
 DOCUMENT, FIRST, SECOND = prompts(60, 7, 9)
 SHORT = Sampling(max_new_tokens=8)
@@ -72,7 +73,9 @@ def test_a_prompt_that_goes_on_from_the_whole_text_reads_on_from_there():
     text = [*DOCUMENT, *first, *SECOND]
     again, stats = ask(model, text, session)
     assert again == ask(model, text)[0]
-    assert stats.reused_tokens == len(DOCUMENT) + len(first) - 1  # no pass has seen the last token of the answer
+    assert (
+        stats.reused_tokens == len(DOCUMENT) + len(first) - 1
+    )  # no pass has seen the last token of the answer
 
 
 def test_the_same_prompt_again_reads_one_token_and_gives_the_same_answer():
@@ -107,7 +110,9 @@ def test_what_is_cut_is_gone_and_the_rest_is_untouched(num_tokens, name):
     assert session.token_ids == text[:num_tokens]
     assert len(session.prefill_lens) == 4
     reach = model.reach(session)
-    assert all(shallow <= deep for shallow, deep in zip(reach.prefill_depth, reach.depth, strict=True))
+    assert all(
+        shallow <= deep for shallow, deep in zip(reach.prefill_depth, reach.depth, strict=True)
+    )
 
 
 def test_how_deep_tokens_got_is_known_at_every_moment():
@@ -141,35 +146,37 @@ def test_a_stream_that_is_left_early_leaves_a_usable_session(name):
     model = llm(PREFILLS[name], Lookahead())
     session = model.session()
     stream = model.stream(DOCUMENT, sampling=SHORT, session=session)
-    told = [*next(stream).token_ids, *next(stream).token_ids]
+    emitted = [*next(stream).token_ids, *next(stream).token_ids]
     stream.close()
     check_invariants(session)
-    assert session.history == [*DOCUMENT, *told]
+    assert session.history == [*DOCUMENT, *emitted]
     assert model.engine.is_idle
     again, stats = ask(model, [*session.history, *SECOND], session)
-    assert stats.reused_tokens == len(DOCUMENT) + len(told) - 1
+    assert stats.reused_tokens == len(DOCUMENT) + len(emitted) - 1
     if name == "keep_all":
-        assert again == ask(model, [*DOCUMENT, *told, *SECOND])[0]
+        assert again == ask(model, [*DOCUMENT, *emitted, *SECOND])[0]
 
 
 def test_streams_that_take_turns_do_not_disturb_each_other():
-    model = llm(LAZY, Lookahead(), max_stall_rows=7)
+    model = llm(LAZY, Lookahead(), prefill_chunk_size=7)
     texts = prompts(40, 50, 30)
     alone = [ask(model, text)[0] for text in texts]
     streams = [model.stream(text, sampling=SHORT) for text in texts]
-    told = [[] for _ in texts]
+    emitted = [[] for _ in texts]
     while streams_left := [i for i in range(3) if streams[i] is not None]:
         for i in streams_left:
             piece = next(streams[i], None)
             if piece is None:
                 streams[i] = None
             else:
-                told[i] += piece.token_ids
-    assert told == alone
-    assert [completion.token_ids for completion in model.generate(texts, sampling=SHORT)] == [tuple(t) for t in alone]
+                emitted[i] += piece.token_ids
+    assert emitted == alone
+    assert [completion.token_ids for completion in model.generate(texts, sampling=SHORT)] == [
+        tuple(t) for t in alone
+    ]
 
 
-# --- on disk ----------------------------------------------------------------------------------------------------------
+# --- on disk --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -205,20 +212,28 @@ def test_what_is_read_back_is_revived_as_by_hand(tmp_path):
     save_session(session, tmp_path / "a", model, LAZY)
     again = load_session(tmp_path / "a", model, LAZY, engine.new_session())
     before = again.num_revived
-    finish(engine, [request_for(engine, [*again.history, *SECOND], 9, again)], lambda: hand.follow(again))
+    finish(
+        engine,
+        [request_for(engine, [*again.history, *SECOND], 9, again)],
+        lambda: hand.follow(again),
+    )
     assert again.num_revived > before
     assert hand.num_checked == sum(len(kv) for kv in again.kv)
 
 
 def test_a_model_with_a_state_of_its_own_starts_anew_after_a_pass_that_broke_off(monkeypatch):
-    inner = families.build("mamba", state_size=8, hidden_size=32, num_attention_heads=..., head_dim=...)
+    inner = families.build(
+        "mamba", state_size=8, hidden_size=32, num_attention_heads=..., head_dim=...
+    )
     model = LLM(inner, prefill=None)
     session = model.session()
     first = ask(model, DOCUMENT, session)[0]
     stream = model.stream([*DOCUMENT, *first, *SECOND], sampling=SHORT, session=session)
     next(stream)
     with monkeypatch.context() as patch:
-        patch.setattr(type(inner), "forward", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            type(inner), "forward", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             next(stream)
     assert not session.in_use
@@ -253,7 +268,11 @@ def test_what_is_no_session_is_refused(saved, tmp_path):
     model = saved[0]
     (tmp_path / "text").write_text("hello, this is some text and no session at all")
     save_file({"a": torch.zeros(3)}, tmp_path / "tensors")
-    for name, message in (("text", "damaged"), ("tensors", "no lazyahead session"), ("none", "no session at")):
+    for name, message in (
+        ("text", "damaged"),
+        ("tensors", "no lazyahead session"),
+        ("none", "no session at"),
+    ):
         with pytest.raises(SessionFileError, match=message):
             model.load_session(tmp_path / name)
     with pytest.raises(SessionFileError):
@@ -262,7 +281,13 @@ def test_what_is_no_session_is_refused(saved, tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("token_ids", "null"), ("token_ids", "[1, 2]"), ("pending", "{"), ("prompt_len", "x"), ("complex_tables", "3")],
+    [
+        ("token_ids", "null"),
+        ("token_ids", "[1, 2]"),
+        ("pending", "{"),
+        ("prompt_len", "x"),
+        ("complex_tables", "3"),
+    ],
 )
 def test_a_header_that_does_not_fit_is_refused(saved, field, value):
     model, _, path = saved
@@ -293,7 +318,7 @@ def test_nothing_half_written_is_left_and_the_old_file_stays(saved, monkeypatch)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lazyahead.session_file.os.replace", full)
+        patch.setattr("lazyahead.cache.session_file.os.replace", full)
         with pytest.raises(SessionFileError, match="No space left"):
             model.save_session(session, path)
     assert path.read_bytes() == before
@@ -304,7 +329,7 @@ def test_nothing_half_written_is_left_and_the_old_file_stays(saved, monkeypatch)
         model.save_session(model.session(), path)
 
 
-# --- settings that name tokens ----------------------------------------------------------------------------------------
+# --- settings that name tokens --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{"logit_bias": {101: 1.0}}, {"bad_words": ((3, 4000),)}])
@@ -313,7 +338,7 @@ def test_tokens_that_do_not_exist_are_refused_before_they_can_break_a_common_pas
         ask(llm(), DOCUMENT, sampling=Sampling(max_new_tokens=3, **options))
 
 
-# --- profiles ---------------------------------------------------------------------------------------------------------
+# --- profiles -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "lazy"])

@@ -10,8 +10,12 @@ from lazyahead.errors import RequestError
 from lazyahead.text import Detokenizer, StopStrings, encode_prompt, encode_turn, read_text
 
 TOKENIZERS = {"byte_level": byte_level, "byte_fallback": byte_fallback}
-tokenizers = pytest.mark.parametrize("tokenizer", [make() for make in TOKENIZERS.values()], ids=list(TOKENIZERS))
-some_text = st.text(st.characters(codec="utf-8"), max_size=60) | st.text("the code 日本語😀é", max_size=200)
+tokenizers = pytest.mark.parametrize(
+    "tokenizer", [make() for make in TOKENIZERS.values()], ids=list(TOKENIZERS)
+)
+some_text = st.text(st.characters(codec="utf-8"), max_size=60) | st.text(
+    "the code 日本語😀é", max_size=200
+)
 
 
 class Slow:
@@ -52,7 +56,9 @@ def test_half_a_character_is_never_shown(tokenizer):
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in stream(tokenizer, token_ids))
 
 
-@pytest.mark.parametrize("token", [byte_level().convert_tokens_to_ids(name) for name in ("a", "Ġ", "æ")])
+@pytest.mark.parametrize(
+    "token", [byte_level().convert_tokens_to_ids(name) for name in ("a", "Ġ", "æ")]
+)
 def test_a_long_answer_costs_no_more_per_token(token):
     longest = 0
 
@@ -72,7 +78,8 @@ def test_without_a_tokenizer_there_is_no_text():
 
 
 def search(text: str, stops: list[str]) -> str:
-    """The law, spelled out: the stop string that is complete first ends the text; the longest, if several."""
+    """The law, spelled out: the stop string that is complete first ends the text; the longest, if
+    several."""
     for end in range(1, len(text) + 1):
         for stop in sorted(stops, key=len, reverse=True):
             if text[:end].endswith(stop):
@@ -94,7 +101,13 @@ def test_streaming_stops_exactly_where_a_search_over_the_full_text_does(pieces, 
 
 def test_only_what_may_start_a_stop_string_is_held_back():
     watch = StopStrings(["\n\n"])
-    assert [watch.add(piece) for piece in ("one", "\n", "two\n", "\nthree", "four")] == ["one", "", "\ntwo", "", ""]
+    assert [watch.add(piece) for piece in ("one", "\n", "two\n", "\nthree", "four")] == [
+        "one",
+        "",
+        "\ntwo",
+        "",
+        "",
+    ]
     assert (watch.matched, watch.flush()) == ("\n\n", "")
 
 
@@ -103,7 +116,12 @@ def test_an_empty_stop_string_is_refused():
         StopStrings([""])
 
 
-CASES = [("The code is 417.", "What is it?"), ("user assistant", "user"), ("", "What is it?"), ("a\n\na", " a ")]
+CASES = [
+    ("The code is 417.", "What is it?"),
+    ("user assistant", "user"),
+    ("", "What is it?"),
+    ("a\n\na", " a "),
+]
 
 
 @pytest.mark.parametrize(("document", "question"), CASES)
@@ -113,7 +131,9 @@ def test_the_question_span_covers_the_question(tokenizer, chat, document, questi
     tokenizer = chatty(tokenizer) if chat else tokenizer
     prompt = encode_prompt(tokenizer, document, question)
     start, end = prompt.question
-    inside, after = (tokenizer.decode(prompt.token_ids[part]) for part in (slice(start, end), slice(end, None)))
+    inside, after = (
+        tokenizer.decode(prompt.token_ids[part]) for part in (slice(start, end), slice(end, None))
+    )
     assert question.strip() in inside
     assert len(inside) <= len(question) + 2
     assert after.replace(" ", "") == ("</s>\n<|assistant|>\n" if chat else "\nAnswer:")
@@ -151,7 +171,11 @@ def test_the_next_turn_continues_the_tokens_of_the_last(chat, brought_end):
     turns = [{"role": "user", "content": "The code is 417."}]
     first = encode_turn(tokenizer, turns)
     answer = tokenizer("naïve", add_special_tokens=False)["input_ids"]
-    previous = [*first.token_ids, *answer, *([tokenizer.eos_token_id] if brought_end and chat else [])]
+    previous = [
+        *first.token_ids,
+        *answer,
+        *([tokenizer.eos_token_id] if brought_end and chat else []),
+    ]
     turns += [{"role": "assistant", "content": "naïve"}, {"role": "user", "content": "What is it?"}]
     second = encode_turn(tokenizer, turns, previous)
     assert second.token_ids[: len(previous)] == previous
@@ -168,17 +192,23 @@ def test_a_long_message_is_read_whole_and_its_last_paragraph_is_the_question(cha
         prompt = encode_turn(tokenizer, [{"role": "user", "content": content}])
         assert decode(tokenizer, prompt.token_ids).count("word") == 300
         assert (
-            decode(tokenizer, prompt.token_ids[slice(*prompt.question)]).strip() if prompt.question else None
+            decode(tokenizer, prompt.token_ids[slice(*prompt.question)]).strip()
+            if prompt.question
+            else None
         ) == asked
 
 
 @pytest.mark.parametrize("content", ["word " * 300, "Question: which?", "a\n\nwhich?"])
 def test_a_template_that_looks_into_the_message_writes_what_it_always_does(content):
     tokenizer = chatty(byte_level())
-    tokenizer.chat_template = "{% if messages[0].content.startswith('Question:') %}Q!{% endif %}{{messages[0].content}}"
+    tokenizer.chat_template = (
+        "{% if messages[0].content.startswith('Question:') %}Q!{% endif %}{{messages[0].content}}"
+    )
     turns = [{"role": "user", "content": content}]
     prompt = encode_turn(tokenizer, turns)
-    assert tokenizer.decode(prompt.token_ids) == tokenizer.apply_chat_template(turns, tokenize=False)
+    assert tokenizer.decode(prompt.token_ids) == tokenizer.apply_chat_template(
+        turns, tokenize=False
+    )
     assert (prompt.question is not None) == content.startswith("a")
 
 
@@ -188,7 +218,12 @@ def test_a_file_that_is_no_text_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(text_module, "MAX_FILE_BYTES", 10)
     huge = tmp_path / "huge.txt"
     huge.write_text("x" * 11)
-    for path, reason in [(latin, "UTF-8"), (tmp_path, "folder"), (tmp_path / "no", "no file"), (huge, "MB")]:
+    for path, reason in [
+        (latin, "UTF-8"),
+        (tmp_path, "folder"),
+        (tmp_path / "no", "no file"),
+        (huge, "MB"),
+    ]:
         with pytest.raises(RequestError, match=reason) as caught:
             read_text(path)
         assert str(path) in str(caught.value)

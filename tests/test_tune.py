@@ -1,4 +1,5 @@
-"""Tuning: the search finds the strongest schedule that passes in few trials, and says so when there is none."""
+"""Tuning: the search finds the strongest schedule that passes in few trials, and says so when there
+is none."""
 
 import json
 import os
@@ -35,7 +36,7 @@ def lattice(num_layers: int = 5, num_tokens: int = 1000) -> list[Candidate]:
     return candidates([True] * num_layers, num_tokens, 36, SHAPE)
 
 
-# --- the search -------------------------------------------------------------------------------------------------------
+# --- the search -----------------------------------------------------------------------------------
 
 
 def test_a_candidate_is_what_its_schedule_does_to_a_model():
@@ -49,7 +50,9 @@ def test_a_candidate_is_what_its_schedule_does_to_a_model():
         LazyPrefill(candidate.schedule)  # is one that a config takes
         counts = kept_by_layer(placed, 6, 1000)
         assert candidate.kept == tuple(max(36, count) for count in counts)
-        assert candidate.speedup == prefill_flops([1000] * 6, SHAPE) / prefill_flops(candidate.kept, SHAPE)
+        assert candidate.speedup == prefill_flops([1000] * 6, SHAPE) / prefill_flops(
+            candidate.kept, SHAPE
+        )
 
 
 def test_deep_models_have_as_many_depths_as_one_can_try():
@@ -76,11 +79,16 @@ needs = st.lists(st.integers(0, 1000), min_size=5, max_size=5)
 @given(st.lists(needs, min_size=1, max_size=4))
 def test_with_a_monotone_oracle_the_strongest_that_passes_is_found(wanted):
     def passes(candidate: Candidate) -> bool:  # some demand is met at every layer
-        return any(all(have >= need for have, need in zip(candidate.kept, one, strict=True)) for one in wanted)
+        return any(
+            all(have >= need for have, need in zip(candidate.kept, one, strict=True))
+            for one in wanted
+        )
 
     tried: list[Candidate] = []
     best = strongest(Search(lattice(), gain=0.0), lambda c: (tried.append(c), passes(c))[1], passes)
-    passing = [candidate.speedup for candidate in lattice() if passes(candidate) and candidate.speedup > 1]
+    passing = [
+        candidate.speedup for candidate in lattice() if passes(candidate) and candidate.speedup > 1
+    ]
     assert (best and best.speedup) == max(passing, default=None)
     assert len(tried) < len(lattice()) / 3
     assert len(set(tried)) == len(tried)
@@ -100,7 +108,9 @@ def test_what_does_not_hold_is_given_up_for_something_weaker(wanted, hidden):
 
     judged: list[Candidate] = []
     best = strongest(
-        Search(lattice(), gain=0.0), lambda c: meets(c, wanted), lambda c: (judged.append(c), meets(c, hidden))[1]
+        Search(lattice(), gain=0.0),
+        lambda c: meets(c, wanted),
+        lambda c: (judged.append(c), meets(c, hidden))[1],
     )
     if best is not None:
         assert meets(best, wanted)
@@ -125,7 +135,7 @@ def test_a_search_that_must_beat_something_finds_nothing_slower():
 
 
 def test_scorers_are_those_that_look_and_the_first_is_ones_own():
-    mine = Window(queries=4)
+    mine = Window(window_size=4)
     found = scorers(mine)
     assert found[0] == mine
     assert LastToken() in found
@@ -133,7 +143,7 @@ def test_scorers_are_those_that_look_and_the_first_is_ones_own():
     assert not any(isinstance(scorer, Random) for scorer in found)
 
 
-# --- on a model -------------------------------------------------------------------------------------------------------
+# --- on a model -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +158,10 @@ def llm(folder) -> LLM:
 
 
 def tasks(count: int, repeat: int = 2) -> list[Task]:
-    return [Task(f"prompt {number}", f"{number} {TEXT * repeat}", "What is it?") for number in range(count)]
+    return [
+        Task(f"prompt {number}", f"{number} {TEXT * repeat}", "What is it?")
+        for number in range(count)
+    ]
 
 
 @cache
@@ -165,7 +178,13 @@ def forgetful() -> LLM:
     return LLM(model, tokenizer=chatty(byte_level()))
 
 
-BASE = LazyPrefill(min_tokens=16, protect_first=2, protect_last=4, protect_question=False, scorer=Window(queries=4))
+BASE = LazyPrefill(
+    min_tokens=16,
+    protect_first=2,
+    protect_last=4,
+    protect_question=False,
+    scorer=Window(window_size=4),
+)
 
 
 def test_a_model_that_never_looks_back_is_pruned_as_hard_as_can_be():
@@ -174,7 +193,9 @@ def test_a_model_that_never_looks_back_is_pruned_as_hard_as_can_be():
     assert found is not None
     assert found.prefill == replace(BASE, schedule=found.prefill.schedule)
     shape = examine(forgetful().model)[1].layer_shape
-    every = candidates([True] * 4, tuned.prompt_tokens, BASE.protect_first + BASE.protect_last, shape)
+    every = candidates(
+        [True] * 4, tuned.prompt_tokens, BASE.protect_first + BASE.protect_last, shape
+    )
     assert found.ideal_speedup * (1 + GAIN) >= max(candidate.speedup for candidate in every)
     assert (found.search.agreed, found.search.of) == (4, 4)
     assert found.held_out is not None
@@ -184,16 +205,18 @@ def test_a_model_that_never_looks_back_is_pruned_as_hard_as_can_be():
 
 
 def test_between_scorers_that_run_ahead_and_those_that_do_not_the_clock_decides(monkeypatch):
-    base = replace(BASE, scorer=Window(queries=4, ahead=0.6))
+    base = replace(BASE, scorer=Window(window_size=4, score_to_depth=0.6))
     for faster in (0.6, 0.0):
 
         def clock(llm, rule, *_, faster=faster):
-            return tuner.Clock(1.0, 0.5, 2.0 if rule.scorer.ahead == faster else 1.5)
+            return tuner.Clock(
+                1.0, 0.5, 2.0 if getattr(rule.scorer, "score_to_depth", 0.0) == faster else 1.5
+            )
 
         monkeypatch.setattr(tuner, "_time", clock)
         found = tune(forgetful(), tasks(3), base=base, max_new_tokens=2, runs=1).found
         assert found is not None
-        assert found.prefill.scorer.ahead == faster
+        assert getattr(found.prefill.scorer, "score_to_depth", 0.0) == faster
 
 
 def test_what_is_found_agrees_and_keeps_what_it_was_not_asked_to_change(llm):
@@ -202,7 +225,9 @@ def test_what_is_found_agrees_and_keeps_what_it_was_not_asked_to_change(llm):
     rule = tuned.found.prefill
     assert replace(rule, schedule=BASE.schedule, scorer=BASE.scorer) == BASE
     assert tuned.found.held_out is None
-    answers = Answers(LLM(llm.model, tokenizer=llm.tokenizer, prefill=None), tasks(3), 2, lambda text, done: None)
+    answers = Answers(
+        LLM(llm.model, tokenizer=llm.tokenizer, prefill=None), tasks(3), 2, lambda text, done: None
+    )
     assert answers.agreement(rule, range(3)) == tuned.found.search
     assert tuned.found.search.agreed >= 1
 
@@ -223,9 +248,9 @@ def test_what_fails_on_the_prompts_held_out_is_rejected(llm, monkeypatch):
 
 def test_short_prompts_are_left_out_by_name(llm):
     given_tasks = [Task("the short one", "Hm."), *tasks(2)]
-    assert tune(llm, given_tasks, base=replace(BASE, min_tokens=64), max_new_tokens=1, runs=1).skipped == (
-        "the short one (3 tokens)",
-    )
+    assert tune(
+        llm, given_tasks, base=replace(BASE, min_tokens=64), max_new_tokens=1, runs=1
+    ).skipped == ("the short one (3 tokens)",)
     with pytest.raises(RequestError, match="shorter than min_tokens 5000"):
         tune(llm, given_tasks, base=replace(BASE, min_tokens=5000))
 
@@ -241,7 +266,7 @@ def test_agreement_is_a_fraction(llm, agree):
         tune(llm, tasks(1), agree=agree)
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -261,13 +286,32 @@ def test_the_profile_that_is_written_is_the_one_that_was_found(folder, prompts, 
     out = tmp_path / "mine.toml"
     assert command(folder, prompts, "--agree", "0.3", "--out", str(out), "--json") == 0
     values = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert values.keys() >= {"lazyahead", "machine", "model", "config", "seed", "runs", "ttft_speedup", "held_out"}
+    assert values.keys() >= {
+        "lazyahead",
+        "machine",
+        "model",
+        "config",
+        "seed",
+        "runs",
+        "ttft_speedup",
+        "held_out",
+    }
     assert LazyPrefill.load(out) == LazyPrefill.from_dict(values["profile"])
     assert values["config"]["prefill"] == values["profile"]
     assert (values["file"], values["search"]["of"]) == (str(out), 3)
     assert sorted(os.listdir(tmp_path)) == ["mine.toml", "prompts.jsonl"]
 
-    said = ("generate", TEXT * 2, "-m", folder, "--max-new-tokens", "2", "--prefill", str(out), "--json")
+    said = (
+        "generate",
+        TEXT * 2,
+        "-m",
+        folder,
+        "--max-new-tokens",
+        "2",
+        "--prefill",
+        str(out),
+        "--json",
+    )
     assert run(list(said)) == 0
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert answer["config"]["prefill"] == values["profile"]
@@ -284,7 +328,9 @@ def test_a_profile_that_was_there_is_replaced_and_that_is_said(folder, prompts, 
     assert LazyPrefill.load(out).min_tokens == 32
 
 
-def test_where_nothing_is_safe_it_says_so_and_writes_nothing(folder, prompts, tmp_path, capsys, monkeypatch):
+def test_where_nothing_is_safe_it_says_so_and_writes_nothing(
+    folder, prompts, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(Answers, "_compare", lambda self, rule, index: False)
     out = tmp_path / "mine.toml"
     assert command(folder, prompts, "--out", str(out)) == 0
@@ -302,14 +348,19 @@ def test_prompts_are_lines_json_lines_or_files_of_a_folder(tmp_path):
     assert read_tasks(lines)[1].name == f"{lines}, line 3"
     turns = tmp_path / "turns.jsonl"
     turns.write_text('{"turns": ["first", "second"]}\n{"prompt": "text", "question": "what"}\n')
-    assert [(task.text, task.question) for task in read_tasks(turns)] == [("first", None), ("text", "what")]
+    assert [(task.text, task.question) for task in read_tasks(turns)] == [
+        ("first", None),
+        ("text", "what"),
+    ]
     inside = tmp_path / "folder"
     inside.mkdir()
     (inside / "a.txt").write_text("one\ntwo\n")
     assert [task.text for task in read_tasks(inside)] == ["one\ntwo\n"]
 
 
-@pytest.mark.parametrize("content", ["", "{}\n", '{"prompt": ""}\n', '{"prompt": "a", "question": 3}\n', "[1]\n"])
+@pytest.mark.parametrize(
+    "content", ["", "{}\n", '{"prompt": ""}\n', '{"prompt": "a", "question": 3}\n', "[1]\n"]
+)
 def test_a_file_without_prompts_is_refused(content, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text(content)

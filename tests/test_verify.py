@@ -50,7 +50,17 @@ def test_nothing_parts_in_float32_however_prompts_are_batched(model, prompts, ca
 def test_its_own_prompts_take_all_categories_in_turn(model, capsys):
     count = len(CATEGORIES) + 1
     values = verified(
-        capsys, "-m", model, "--dtype", "float32", "--n", str(count), "--length", "256", "--max-new-tokens", "2"
+        capsys,
+        "-m",
+        model,
+        "--dtype",
+        "float32",
+        "--n",
+        str(count),
+        "--length",
+        "256",
+        "--max-new-tokens",
+        "2",
     )
     assert (values["prompts"], values["diverged"]) == (count, 0)
     llm = LLM(model, prefill=None)
@@ -80,13 +90,21 @@ def test_a_parting_of_drafts_is_weighed_by_the_logits_of_lazy_reading(model, mon
 
     def wrong(prompts, sampling):
         answers = right(prompts, sampling=sampling)
-        return [a.__class__((a.text), (*a.token_ids[:3], 9, a.token_ids[4]), a.stats, "length") for a in answers]
+        return [
+            a.__class__((a.text), (*a.token_ids[:3], 9, a.token_ids[4]), a.stats, "length")
+            for a in answers
+        ]
 
     monkeypatch.setattr(found._drafting, "generate", wrong)
     token_ids = found._llm.encode(TEXT * 15).token_ids
     found.add([token_ids, token_ids])
     first = found.fields()["first_divergence"]
-    assert (first["check"], first["prompt"], first["token"], first["right"]) == ("drafting", 0, 3, 9)
+    assert (first["check"], first["prompt"], first["token"], first["right"]) == (
+        "drafting",
+        0,
+        3,
+        9,
+    )
     assert first["logit_gap"] > 0
 
 
@@ -131,9 +149,17 @@ def test_a_mistake_gets_one_line_that_names_it(model, capsys, arguments, names):
 
 
 def test_a_model_that_cannot_draft_says_what_was_not_checked(capsys, tmp_path, prompts):
-    sizes = {"state_size": 4, "conv_kernel": 2, "expand": 2, "time_step_rank": 2, "use_mambapy": False}
+    sizes = {
+        "state_size": 4,
+        "conv_kernel": 2,
+        "expand": 2,
+        "time_step_rank": 2,
+        "use_mambapy": False,
+    }
     folder = str(save_model(tmp_path / "mamba", "mamba", **sizes))
     capsys.readouterr()
-    values = verified(capsys, "-m", folder, "--prompts", prompts, "--max-new-tokens", "3", "--dtype", "float32")
+    values = verified(
+        capsys, "-m", folder, "--prompts", prompts, "--max-new-tokens", "3", "--dtype", "float32"
+    )
     assert values["checks"] == {"keep_all": 0}
     assert values["not_checked"]

@@ -10,7 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 COMMAND = [sys.executable, "-c", "from lazyahead.cli import main; main()"]
 """The installed script, wherever it is installed."""
-CORPUS = ["The code of the red door is 417.", "A question: what is it? Answer: naïve café, 日本語, 😀🇩🇪!"] * 3
+CORPUS = [
+    "The code of the red door is 417.",
+    "A question: what is it? Answer: naïve café, 日本語, 😀🇩🇪!",
+] * 3
 SPECIAL = ["<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] | trim }}</s>\n{% endfor %}"
@@ -40,7 +43,9 @@ def byte_level() -> PreTrainedTokenizerFast:
         vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     inner.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
 
 
 @cache
@@ -52,15 +57,26 @@ def byte_fallback() -> PreTrainedTokenizerFast:
         vocab.setdefault(token, len(vocab))
     merges = [("t", "h"), ("th", "e"), ("▁", "the")]
     inner = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, unk_token=None))
-    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     inner.decoder = decoders.Sequence(steps)
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
 
 
 def chatty(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """The same tokenizer with a chat template."""
-    copy = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="</s>", pad_token="<pad>")
+    copy = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer, eos_token="</s>", pad_token="<pad>"
+    )
     copy.chat_template = CHAT_TEMPLATE
     return copy
 

@@ -1,4 +1,5 @@
-"""Answers sooner on long prompts: reads lazily (LazyLLM) and writes ahead (Lookahead), on any decoder-only model.
+"""Answers sooner on long prompts: reads lazily (LazyLLM) and writes ahead (Lookahead), on any
+decoder-only model.
 
 Nothing happens on import: names are loaded when they are first used.
 """
@@ -7,14 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lazyahead.cache.session import Session
     from lazyahead.config import PRESETS, LazyPrefill, Lookahead
     from lazyahead.errors import LazyAheadError
-    from lazyahead.hf.generate import accelerate, custom_generate
     from lazyahead.hf.probe import Support, probe
+    from lazyahead.integrations.hf_generate import accelerate, custom_generate
     from lazyahead.llm import LLM
     from lazyahead.results import Completion, Piece, Reach, Stats
     from lazyahead.sampling import Sampling
-    from lazyahead.session import Session
 
 __version__ = "0.1.0"
 
@@ -24,15 +25,15 @@ _HOME = {
     "Lookahead": "config",
     "PRESETS": "config",
     "Sampling": "sampling",
-    "Session": "session",
+    "Session": "cache.session",
     "Completion": "results",
     "Piece": "results",
     "Reach": "results",
     "Stats": "results",
     "Support": "hf.probe",
     "probe": "hf.probe",
-    "accelerate": "hf.generate",
-    "custom_generate": "hf.generate",
+    "accelerate": "integrations.hf_generate",
+    "custom_generate": "integrations.hf_generate",
     "LazyAheadError": "errors",
 }
 

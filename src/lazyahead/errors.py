@@ -1,15 +1,15 @@
 """What can go wrong, as a tree. Every message names the value and the remedy.
 
-LazyAheadError
-├── ConfigError (ValueError)            a setting that cannot mean anything: keep ratio 1.5, a schedule that grows
-├── RequestError (ValueError)           this prompt or option cannot be served: empty, too long, beam search
-│   └── ContextLengthError              prompt plus answer exceed the model's context
-├── ModelError                          the model cannot be loaded, or is not supported
-│   ├── ModelNotFoundError              no such folder, no network, no safetensors
-│   └── UnsupportedModelError           this architecture cannot do what was asked, with the reason
-├── SessionFileError                    a saved session that is damaged or belongs to another model
-├── MemoryFileError                     an answers log that is damaged or belongs to another model or tokenizer
-└── OutOfMemoryError                    the device is full; says how much was needed
+LazyAheadError ├── ConfigError (ValueError)            a setting that cannot mean anything: keep
+ratio 1.5, a schedule that grows ├── RequestError (ValueError)           this prompt or option
+cannot be served: empty, too long, beam search │   └── ContextLengthError              prompt plus
+answer exceed the model's context ├── ModelError                          the model cannot be
+loaded, or is not supported │   ├── ModelNotFoundError              no such folder, no network, no
+safetensors │   └── UnsupportedModelError           this architecture cannot do what was asked, with
+the reason ├── SessionFileError                    a saved session that is damaged or belongs to
+another model ├── MemoryFileError                     an answers log that is damaged or belongs to
+another model or tokenizer └── OutOfMemoryError                    the device is full; says how much
+was needed
 """
 
 

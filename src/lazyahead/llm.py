@@ -10,18 +10,18 @@ from typing import Any, overload
 
 from transformers import PreTrainedModel
 
-from lazyahead.assemble import engine_for
+from lazyahead.build import engine_for
+from lazyahead.cache.session import Session, shared_prefix
+from lazyahead.cache.session_file import load_session, save_session
 from lazyahead.config import LazyPrefill, Lookahead
+from lazyahead.engine.request import Request
 from lazyahead.errors import ContextLengthError, RequestError
 from lazyahead.hf.load import eos_ids, load, max_context
 from lazyahead.hf.probe import probe
 from lazyahead.hf.processors import picker_for
 from lazyahead.reader import reader_path
-from lazyahead.request import Request
 from lazyahead.results import Completion, Piece, Reach
 from lazyahead.sampling import Sampling
-from lazyahead.session import Session, shared_prefix
-from lazyahead.session_file import load_session, save_session
 from lazyahead.text import Detokenizer, Message, Prompt, StopStrings, encode_prompt, encode_turn
 
 Text = str | list[int]
@@ -31,9 +31,9 @@ Texts = list[str] | list[list[int]]
 class LLM:
     """A model with its tokenizer, its engine and its two strategies.
 
-    `model` is a folder, a hub name, or a loaded model (then give its `tokenizer`, or pass prompts as token ids);
-    None is the built-in reader. `prefill` and `decode` say how it reads and writes; None for plainly.
-    Raises ModelError when it cannot be loaded or does not support what was asked.
+    `model` is a folder, a hub name, or a loaded model (then give its `tokenizer`, or pass prompts
+    as token ids); None is the built-in reader. `prefill` and `decode` say how it reads and writes;
+    None for plainly. Raises ModelError when it cannot be loaded or does not support what was asked.
     """
 
     def __init__(
@@ -45,20 +45,24 @@ class LLM:
         device: str = "auto",
         prefill: LazyPrefill | None = LazyPrefill(),  # noqa: B008 (frozen)
         decode: Lookahead | None = None,
-        max_stall_rows: int = 512,
+        prefill_chunk_size: int = 512,
     ) -> None:
         is_reader = model is None
         if model is None:
             model = reader_path()
         if isinstance(model, PreTrainedModel):
-            self.name, self.model, self.tokenizer = str(model.config.name_or_path or "model"), model, tokenizer
+            self.name, self.model, self.tokenizer = (
+                str(model.config.name_or_path or "model"),
+                model,
+                tokenizer,
+            )
         else:
             self.name = "built-in reader" if is_reader else str(model)
             self.model, loaded = load(str(model), dtype, device)
             self.tokenizer = tokenizer or loaded
         self.prefill, self.decode = prefill, decode
         self.support = probe(self.model)
-        self.engine = engine_for(self.model, self.tokenizer, prefill, decode, max_stall_rows)
+        self.engine = engine_for(self.model, self.tokenizer, prefill, decode, prefill_chunk_size)
         self.max_context = max_context(self.model)
         self.eos_ids = eos_ids(self.model, self.tokenizer)
         self._lock = threading.RLock()
@@ -66,7 +70,9 @@ class LLM:
     def encode(self, prompt: str, question: str | None = None) -> Prompt:
         """Text to tokens through the chat template. Raises RequestError when there is no text."""
         if self.tokenizer is None:
-            raise RequestError("this model was given without a tokenizer; pass token ids, or tokenizer=...")
+            raise RequestError(
+                "this model was given without a tokenizer; pass token ids, or tokenizer=..."
+            )
         return encode_prompt(self.tokenizer, prompt, question)
 
     def session(self) -> Session:
@@ -74,11 +80,13 @@ class LLM:
         return self.engine.new_session()
 
     def save_session(self, session: Session, path: str | Path) -> None:
-        """Writes a session to a safetensors file that `load_session` takes. Raises SessionFileError."""
+        """Writes a session to a safetensors file that `load_session` takes. Raises
+        SessionFileError."""
         save_session(session, path, self.model, self.prefill)
 
     def load_session(self, path: str | Path) -> Session:
-        """Reads a session back. Raises SessionFileError for a damaged file or one of another model or config."""
+        """Reads a session back. Raises SessionFileError for a damaged file or one of another model
+        or config."""
         return load_session(path, self.model, self.prefill, self.engine.new_session())
 
     def reach(self, session: Session) -> Reach:
@@ -94,10 +102,12 @@ class LLM:
         session: Session | None = None,
         on_progress: Callable[[float], None] | None = None,
     ) -> Iterator[Piece]:
-        """Answers piece by piece, one piece per step. Leaving the iterator early cancels the answer.
+        """Answers piece by piece, one piece per step. Leaving the iterator early cancels the
+        answer.
 
-        With a `session`, what the prompt shares with it from the start is not read again. `on_progress` hears the
-        fraction of the prompt that has been read. Raises RequestError, ContextLengthError.
+        With a `session`, what the prompt shares with it from the start is not read again.
+        `on_progress` hears the fraction of the prompt that has been read. Raises RequestError,
+        ContextLengthError.
         """
         yield from self._stream(self._encode(prompt, question), sampling, session, on_progress)
 
@@ -109,14 +119,20 @@ class LLM:
         session: Session | None = None,
         on_progress: Callable[[float], None] | None = None,
     ) -> Iterator[Piece]:
-        """Answers the last of `messages` (role, content), as `stream`; a session brings the earlier ones."""
+        """Answers the last of `messages` (role, content), as `stream`; a session brings the earlier
+        ones."""
         previous = session.history if session is not None and len(messages) > 1 else []
         turn = encode_turn(self.tokenizer, messages, previous)
         yield from self._stream(turn, sampling, session, on_progress)
 
     @overload
     def generate(
-        self, prompts: str, question: str | None = None, *, sampling: Sampling = ..., session: Session | None = None
+        self,
+        prompts: str,
+        question: str | None = None,
+        *,
+        sampling: Sampling = ...,
+        session: Session | None = None,
     ) -> Completion: ...
 
     @overload
@@ -139,10 +155,16 @@ class LLM:
     ) -> Completion | list[Completion]:
         """One prompt to its answer, or several at once to theirs, in order. Raises as `stream`."""
         if isinstance(prompts, str):
-            return Completion.fold(list(self.stream(prompts, question, sampling=sampling, session=session)))
+            return Completion.fold(
+                list(self.stream(prompts, question, sampling=sampling, session=session))
+            )
         if session is not None:
-            raise RequestError("a session is one conversation; give each of several prompts its own call")
-        answers = [_Answer(self, self._encode(prompt, question), sampling, None) for prompt in prompts]
+            raise RequestError(
+                "a session is one conversation; give each of several prompts its own call"
+            )
+        answers = [
+            _Answer(self, self._encode(prompt, question), sampling, None) for prompt in prompts
+        ]
         with self._lock:
             self.engine.answer([answer.request for answer in answers])
         return [Completion.fold(list(answer.pieces)) for answer in answers]
@@ -151,7 +173,9 @@ class LLM:
         if isinstance(prompt, str):
             return self.encode(prompt, question)
         if question is not None:
-            raise RequestError("a question goes with a text; with token ids, put its tokens at their end")
+            raise RequestError(
+                "a question goes with a text; with token ids, put its tokens at their end"
+            )
         token_ids = [int(token) for token in prompt]
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         if any(not 0 <= token < vocabulary for token in token_ids):
@@ -174,7 +198,9 @@ class LLM:
             while not answer.is_over:
                 with self._lock, self.engine:
                     if on_progress is not None:
-                        self.engine.runner.on_layer = answer.progress(on_progress, self.support.num_layers)
+                        self.engine.runner.on_layer = answer.progress(
+                            on_progress, self.support.num_layers
+                        )
                     try:
                         if not answer.pieces:
                             self.engine.step()
@@ -190,7 +216,9 @@ class LLM:
 class _Answer:
     """One request of an LLM: its tokens become text, its end is watched for."""
 
-    def __init__(self, llm: LLM, prompt: Prompt, sampling: Sampling, session: Session | None) -> None:
+    def __init__(
+        self, llm: LLM, prompt: Prompt, sampling: Sampling, session: Session | None
+    ) -> None:
         if not prompt.token_ids:
             raise RequestError("the prompt is empty; give some text, or a file")
         total = len(prompt.token_ids) + sampling.max_new_tokens
@@ -221,7 +249,7 @@ class _Answer:
         """Tells how much of the prompt has been read, when a layer begins."""
 
         def on_layer(layer: int) -> None:
-            if self.request.is_reading:
+            if self.request.is_prefilling:
                 done = self.request.progress
                 tell(done if done > 0 else layer / num_layers)
 
@@ -250,17 +278,22 @@ def _check_tokens(llm: LLM, sampling: Sampling) -> None:
     named = [*sampling.logit_bias, *(token for word in sampling.bad_words for token in word)]
     vocabulary = llm.model.config.get_text_config().vocab_size
     if named and max(named) >= vocabulary:
-        raise RequestError(f"logit_bias and bad_words take token ids below {vocabulary}, got {max(named)}")
+        raise RequestError(
+            f"logit_bias and bad_words take token ids below {vocabulary}, got {max(named)}"
+        )
 
 
 def _resume(llm: LLM, session: Session | None, token_ids: Sequence[int]) -> Session:
-    """The session, cut back to what the prompt shares with it; at least the prompt's last token is read anew."""
+    """The session, cut back to what the prompt shares with it; at least the prompt's last token is
+    read anew."""
     if session is None:
         return llm.session()
     if session.in_use:
         raise RequestError("another answer is running on this session; let it end first")
     shared = min(shared_prefix(session.token_ids, token_ids), len(token_ids) - 1)
     if shared < len(session) and llm.support.level != "full":
-        raise RequestError("this model's state cannot be cut back; continue the session's own text, or start a new one")
+        raise RequestError(
+            "this model's state cannot be cut back; continue the session's own text, or start a new one"
+        )
     session.crop(shared)
     return session

@@ -1,4 +1,5 @@
-"""What a request gives back. CLI, benchmarks and servers read these objects, so they cannot disagree."""
+"""What a request gives back. CLI, benchmarks and servers read these objects, so they cannot
+disagree."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from lazyahead.draft.tree import Source
 
 @dataclass(frozen=True)
 class Stats:
-    """Measurements of one request, as of the moment they were taken. Times in seconds, lengths in tokens."""
+    """Measurements of one request, as of the moment they were taken. Times in seconds, lengths in
+    tokens."""
 
     prompt_tokens: int
     """Length of the whole prompt, reused part included."""
@@ -21,7 +23,8 @@ class Stats:
     decode_s: float
     """From the first token to the last."""
     prompt_tokens_computed: float
-    """Mean over layers of the fraction of prompt tokens that have keys and values there, revived ones included."""
+    """Mean over layers of the fraction of prompt tokens that have keys and values there, revived
+    ones included."""
     num_steps: int
     """Forward passes after the prefill."""
     revived: int

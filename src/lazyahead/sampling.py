@@ -1,4 +1,5 @@
-"""Logits to token. Noise is drawn per seed and place in the answer, so drafting cannot change what is sampled."""
+"""Logits to token. Noise is drawn per seed and place in the answer, so drafting cannot change what
+is sampled."""
 
 from __future__ import annotations
 
@@ -14,12 +15,14 @@ from torch import Tensor
 from lazyahead.errors import ConfigError
 
 Processor = Callable[[Tensor, Tensor], Tensor]
-"""Token ids so far (1, N) and logits (1, V) to logits (1, V), as transformers' `LogitsProcessor`."""
+"""Token ids so far (1, N) and logits (1, V) to logits (1, V), as transformers' `LogitsProcessor`.
+"""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen and when to stop. Raises ConfigError naming a value that cannot mean anything."""
+    """How tokens are chosen and when to stop. Raises ConfigError naming a value that cannot mean
+    anything."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -53,22 +56,38 @@ class Sampling:
         if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
         if not (_is_number(self.repetition_penalty) and 0 < self.repetition_penalty <= 10):
-            raise ConfigError(f"repetition_penalty must be above 0 and at most 10, got {self.repetition_penalty!r}")
-        if not isinstance(self.stop, tuple) or not all(isinstance(stop, str) and stop for stop in self.stop):
-            raise ConfigError(f"stop must be a tuple of texts that are not empty, got {self.stop!r}")
+            raise ConfigError(
+                f"repetition_penalty must be above 0 and at most 10, got {self.repetition_penalty!r}"
+            )
+        if not isinstance(self.stop, tuple) or not all(
+            isinstance(stop, str) and stop for stop in self.stop
+        ):
+            raise ConfigError(
+                f"stop must be a tuple of texts that are not empty, got {self.stop!r}"
+            )
         if self.seed is not None and not (_is_token(self.seed) and self.seed < 1 << 63):
             raise ConfigError(f"seed must be between 0 and 2**63 - 1, got {self.seed!r}")
         if self.min_new_tokens > self.max_new_tokens:
-            raise ConfigError(f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}")
+            raise ConfigError(
+                f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}"
+            )
         self._check_tokens()
 
     def _check_tokens(self) -> None:
         for word in self.bad_words:
-            if not isinstance(word, list | tuple) or not word or not all(_is_token(token) for token in word):
-                raise ConfigError(f"bad_words must hold sequences of token ids that are not empty, got {word!r}")
+            if (
+                not isinstance(word, list | tuple)
+                or not word
+                or not all(_is_token(token) for token in word)
+            ):
+                raise ConfigError(
+                    f"bad_words must hold sequences of token ids that are not empty, got {word!r}"
+                )
         for token, bias in self.logit_bias.items():
             if not (_is_token(token) and (_is_number(bias) or bias == -inf)):
-                raise ConfigError(f"logit_bias must give token ids a finite number or -inf, got {token!r}: {bias!r}")
+                raise ConfigError(
+                    f"logit_bias must give token ids a finite number or -inf, got {token!r}: {bias!r}"
+                )
 
 
 _RANGES = (
@@ -92,9 +111,12 @@ def _is_token(value: object) -> bool:
 
 
 class Picker:
-    """Chooses the token after a prefix: processors on that very prefix, then the likeliest or a seeded draw."""
+    """Chooses the token after a prefix: processors on that very prefix, then the likeliest or a
+    seeded draw."""
 
-    def __init__(self, processors: Processor | None = None, do_sample: bool = False, seed: int | None = None) -> None:
+    def __init__(
+        self, processors: Processor | None = None, do_sample: bool = False, seed: int | None = None
+    ) -> None:
         self.processors, self.do_sample = processors, do_sample
         self.seed = secrets.randbits(62) if seed is None else seed
 
@@ -106,7 +128,11 @@ class Picker:
     def process(self, logits: Tensor, prefix: Tensor) -> Tensor:
         """Logits (V,) after `prefix` (1, N), as they are chosen from, in fp32."""
         logits = logits.float()
-        return logits if self.processors is None else self.processors(prefix.to(logits.device), logits[None])[0]
+        return (
+            logits
+            if self.processors is None
+            else self.processors(prefix.to(logits.device), logits[None])[0]
+        )
 
     def choose(self, logits: Tensor, offset: int) -> int:
         """Token from processed logits (V,) at place `offset` of the answer."""
@@ -116,6 +142,12 @@ class Picker:
 
     def _noise(self, offset: int, like: Tensor) -> Tensor:
         """Exponential noise: argmax of p / noise is a draw from p, and changes as little as p does."""
-        place = hashlib.blake2b(f"{self.seed} {offset}".encode(), digest_size=4).digest()  # torch hears 32 bits
+        place = hashlib.blake2b(
+            f"{self.seed} {offset}".encode(), digest_size=4
+        ).digest()  # torch hears 32 bits
         generator = torch.Generator().manual_seed(int.from_bytes(place))
-        return torch.empty(like.shape, dtype=torch.float32).exponential_(generator=generator).to(like.device)
+        return (
+            torch.empty(like.shape, dtype=torch.float32)
+            .exponential_(generator=generator)
+            .to(like.device)
+        )

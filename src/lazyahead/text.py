@@ -10,14 +10,16 @@ from typing import Any
 from lazyahead.errors import RequestError
 
 Tokenizer = Any
-"""A transformers tokenizer, fast or slow. `None` where token ids are all there is: text then stays empty."""
+"""A transformers tokenizer, fast or slow. `None` where token ids are all there is: text then stays
+empty."""
 Message = dict[str, str]
 """A turn of a chat: `role` and `content`."""
 
 MAX_FILE_BYTES = 64 << 20
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 LONGEST_CHARACTER = 4  # bytes of UTF-8, and so at most tokens
-CONTEXT = 8  # tokens that a detokenizer keeps, so that spaces between tokens come out as in the whole text
+# tokens that a detokenizer keeps, so that spaces between tokens come out as in the whole text
+CONTEXT = 8
 ANSWER_MARK = "\ue000answer\ue000"  # private use: in nobody's text, and no template trims it
 LONGEST_QUESTION = 1000  # characters; a longer last paragraph is text to read
 QUESTION_MARK = "\ue000question\ue000"
@@ -42,18 +44,26 @@ def encode_prompt(tokenizer: Tokenizer, document: str, question: str | None = No
         raise RequestError("the prompt is empty; give some text, or a file")
     if tokenizer.chat_template:
         content = "\n\n".join(part for part in (document, question) if part)
-        return _encode(tokenizer, _render(tokenizer, [{"role": "user", "content": content}], question), False)
+        return _encode(
+            tokenizer, _render(tokenizer, [{"role": "user", "content": content}], question), False
+        )
     if not question:
         return _encode(tokenizer, document, True)
     head = f"{document}\n\n" if document else ""
-    return _encode(tokenizer, f"{head}Question: {QUESTION_MARK}{question}{QUESTION_MARK}\nAnswer:", True)
+    return _encode(
+        tokenizer, f"{head}Question: {QUESTION_MARK}{question}{QUESTION_MARK}\nAnswer:", True
+    )
 
 
-def encode_turn(tokenizer: Tokenizer, messages: Sequence[Message], previous: Sequence[int] = ()) -> Prompt:
-    """The next turn of a chat, as a continuation of `previous`: prompt and answer tokens of the turn before.
+def encode_turn(
+    tokenizer: Tokenizer, messages: Sequence[Message], previous: Sequence[int] = ()
+) -> Prompt:
+    """The next turn of a chat, as a continuation of `previous`: prompt and answer tokens of the
+    turn before.
 
-    The answer's own tokens are kept rather than encoded anew, so that a session finds all of them again. The last
-    paragraph of the last message counts as the question. Raises RequestError when that message is empty.
+    The answer's own tokens are kept rather than encoded anew, so that a session finds all of them
+    again. The last paragraph of the last message counts as the question. Raises RequestError when
+    that message is empty.
     """
     *earlier, last = messages
     if not last["content"].strip():
@@ -63,11 +73,17 @@ def encode_turn(tokenizer: Tokenizer, messages: Sequence[Message], previous: Seq
         document, question = last["content"], ""
     if not previous:
         if not tokenizer.chat_template:
-            return encode_prompt(tokenizer, "\n\n".join([*(m["content"] for m in earlier), document]).strip(), question)
+            return encode_prompt(
+                tokenizer,
+                "\n\n".join([*(m["content"] for m in earlier), document]).strip(),
+                question,
+            )
         return _encode(tokenizer, _render(tokenizer, list(messages), question), False)
     if tokenizer.chat_template:
         answer = {"role": "assistant", "content": ANSWER_MARK}
-        text = _render(tokenizer, [*earlier[:-1], answer, last], question).rpartition(ANSWER_MARK)[2]
+        text = _render(tokenizer, [*earlier[:-1], answer, last], question).rpartition(ANSWER_MARK)[
+            2
+        ]
     else:
         text = f"\n\nQuestion: {_mark(last, question)['content'].strip()}\nAnswer:"
     turn = _encode(tokenizer, text, False)
@@ -86,10 +102,13 @@ def _mark(message: Message, question: str) -> Message:
 
 
 def _render(tokenizer: Tokenizer, messages: list[Message], question: str) -> str:
-    """The chat template's text, ready for the answer, the question marked unless marks change what it writes."""
+    """The chat template's text, ready for the answer, the question marked unless marks change what
+    it writes."""
     marked = [*messages[:-1], _mark(messages[-1], question)]
     options = {"tokenize": False, "add_generation_prompt": True}
-    text, plain = (str(tokenizer.apply_chat_template(turns, **options)) for turns in (marked, messages))
+    text, plain = (
+        str(tokenizer.apply_chat_template(turns, **options)) for turns in (marked, messages)
+    )
     return text if text.replace(QUESTION_MARK, "") == plain else plain
 
 
@@ -107,16 +126,21 @@ def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> Prompt
         return Prompt(list(encoding["input_ids"]), (inside[0], inside[-1] + 1) if inside else None)
     token_ids = list(tokenizer(text, **options)["input_ids"])
     before = tokenizer(text[:start], **options)["input_ids"]
-    same = zip(token_ids, before, strict=False)  # the question takes all that comes after the document
-    first = next((i for i, (a, b) in enumerate(same) if a != b), min(len(before), len(token_ids) - 1))
+    same = zip(
+        token_ids, before, strict=False
+    )  # the question takes all that comes after the document
+    first = next(
+        (i for i, (a, b) in enumerate(same) if a != b), min(len(before), len(token_ids) - 1)
+    )
     return Prompt(token_ids, (first, len(token_ids)))
 
 
 class Detokenizer:
-    """Tokens to text, one at a time. The pieces, joined, are the text of all tokens decoded at once.
+    """Tokens to text, one at a time. The pieces, joined, are the text of all tokens decoded at
+    once.
 
-    Never gives out half a character. A call costs the same however long the answer is: only a window of the last
-    tokens is decoded.
+    Never gives out half a character. A call costs the same however long the answer is: only a
+    window of the last tokens is decoded.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -132,7 +156,9 @@ class Detokenizer:
         text = self._decode(self._window)
         settled = text[: len(text) - _num_unsettled(text)]
         piece = ""
-        if settled.startswith(self._shown):  # else a run of single bytes, which decoders take back until it is whole
+        if settled.startswith(
+            self._shown
+        ):  # else a run of single bytes, which decoders take back until it is whole
             piece, self._shown = settled[len(self._shown) :], settled
         if len(self._window) >= (8 if _num_unsettled(text) else 2) * CONTEXT:
             self._slide(text)
@@ -151,7 +177,8 @@ class Detokenizer:
         return str(self._tokenizer.decode(token_ids, **options))
 
     def _slide(self, text: str) -> None:
-        """Forgets the oldest tokens, at a place where the text falls into two (up to a space that decoders strip)."""
+        """Forgets the oldest tokens, at a place where the text falls into two (up to a space that
+        decoders strip)."""
         num_pending = max(0, len(text) - len(self._shown))
         latest = len(self._window) - CONTEXT
         must = latest >= 7 * CONTEXT  # bytes that never become text: their exact count may be lost
@@ -165,14 +192,17 @@ class Detokenizer:
 
 
 def _num_unsettled(text: str) -> int:
-    """Replacement characters at the end that may stand for a character whose last bytes are still to come."""
+    """Replacement characters at the end that may stand for a character whose last bytes are still
+    to come."""
     return min(len(text) - len(text.rstrip(REPLACEMENT)), LONGEST_CHARACTER - 1)
 
 
 class StopStrings:
-    """Watches streamed text for stop strings, character by character, however the text is cut into pieces.
+    """Watches streamed text for stop strings, character by character, however the text is cut into
+    pieces.
 
-    The answer ends before the stop string that is complete first (the longest, where several end together).
+    The answer ends before the stop string that is complete first (the longest, where several end
+    together).
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -184,7 +214,8 @@ class StopStrings:
         """The stop string that was found."""
 
     def add(self, text: str) -> str:
-        """The text that may be shown: what cannot be the start of a stop string. Empty once one was found."""
+        """The text that may be shown: what cannot be the start of a stop string. Empty once one was
+        found."""
         if self.matched is not None:
             return ""
         if not self._matchers:
@@ -237,7 +268,9 @@ def read_text(path: str | Path) -> str:
         if path.is_dir():
             raise RequestError(f"{path} is a folder; name a file in it")
         if size > MAX_FILE_BYTES:
-            raise RequestError(f"{path} has {size >> 20} MB, more than any context holds; cut it below 64 MB")
+            raise RequestError(
+                f"{path} has {size >> 20} MB, more than any context holds; cut it below 64 MB"
+            )
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise RequestError(f"no file at {path}; check the path") from None

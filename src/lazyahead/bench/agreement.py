@@ -1,4 +1,5 @@
-"""Whether two ways of answering write the same tokens: nothing deferred and plain transformers, drafts and none."""
+"""Whether two ways of answering write the same tokens: nothing deferred and plain transformers,
+drafts and none."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lazyahead.bench import baseline
 from lazyahead.config import LazyPrefill, Lookahead
-from lazyahead.hf.generate import accelerate
+from lazyahead.integrations.hf_generate import accelerate
 from lazyahead.llm import LLM
 from lazyahead.reader import CATEGORIES, samples
 from lazyahead.results import Completion
@@ -33,11 +34,13 @@ class Parting(NamedTuple):
 
 
 class Agreement:
-    """Answers several ways, a batch of prompts after the other. What is kept is counts and where answers part.
+    """Answers several ways, a batch of prompts after the other. What is kept is counts and where
+    answers part.
 
-    `keep_all`: nothing deferred, all prompts of a batch at once, against transformers' `generate`, one by one.
-    `drafting`: with drafts, at once, against none, both reading by `rule`. `sampled`: the same, drawn with a seed.
-    A model that can only be decoded plainly gets the first check alone.
+    `keep_all`: nothing deferred, all prompts of a batch at once, against transformers' `generate`,
+    one by one. `drafting`: with drafts, at once, against none, both reading by `rule`. `sampled`:
+    the same, drawn with a seed. A model that can only be decoded plainly gets the first check
+    alone.
     """
 
     def __init__(self, llm: LLM, rule: LazyPrefill | None, max_new_tokens: int) -> None:
@@ -51,19 +54,25 @@ class Agreement:
         if llm.support.level == "full":
             self.partings |= {"drafting": [], "sampled": []}
             self._plain, self._drafting = (
-                LLM(llm.model, tokenizer=llm.tokenizer, prefill=rule, decode=decode) for decode in (None, Lookahead())
+                LLM(llm.model, tokenizer=llm.tokenizer, prefill=rule, decode=decode)
+                for decode in (None, Lookahead())
             )
 
     def add(self, prompts: list[list[int]]) -> None:
         """Answers these, token ids each, all ways. Raises RequestError, ContextLengthError."""
         kept = _answers(self._llm.generate(prompts, sampling=self._greedy))
-        expected = [baseline.run_baseline(self._llm.model, token_ids, self._greedy).token_ids for token_ids in prompts]
+        expected = [
+            baseline.run_baseline(self._llm.model, token_ids, self._greedy).token_ids
+            for token_ids in prompts
+        ]
         self._compare("keep_all", prompts, expected, kept)
         if "drafting" in self.partings:
             for check, sampling in (("drafting", self._greedy), ("sampled", self._seeded)):
                 drafted = self._drafting.generate(prompts, sampling=sampling)
                 self._num_steps += sum(completion.stats.num_steps for completion in drafted)
-                self._num_drafted += sum(completion.stats.answer_tokens - 1 for completion in drafted)
+                self._num_drafted += sum(
+                    completion.stats.answer_tokens - 1 for completion in drafted
+                )
                 plain = _answers(self._plain.generate(prompts, sampling=sampling))
                 self._compare(check, prompts, plain, _answers(drafted))
         self.num_prompts += len(prompts)
@@ -83,7 +92,11 @@ class Agreement:
         }
 
     def _compare(
-        self, check: str, prompts: Sequence[Sequence[int]], left: Sequence[Tokens], right: Sequence[Tokens]
+        self,
+        check: str,
+        prompts: Sequence[Sequence[int]],
+        left: Sequence[Tokens],
+        right: Sequence[Tokens],
     ) -> None:
         found = partings(check, left, right, self.num_prompts)
         self.partings[check] += found
@@ -93,21 +106,26 @@ class Agreement:
             self._first = {**found[0]._asdict(), "logit_gap": gap}
 
     def _logit_gap(self, parting: Parting, prompt: Sequence[int], answer: Tokens) -> float | None:
-        """How far apart the left side's logits of the two tokens are: small means that rounding tipped a near tie.
+        """How far apart the left side's logits of the two tokens are: small means that rounding
+        tipped a near tie.
 
-        None where one answer had ended, where the noise of a draw decided, and where the prompt alone is answered
-        otherwise than in its batch before that place.
+        None where one answer had ended, where the noise of a draw decided, and where the prompt
+        alone is answered otherwise than in its batch before that place.
         """
         if parting.check == "sampled" or parting.left is None or parting.right is None:
             return None
         written = list(answer[: parting.token])
-        logits = (self._logits if parting.check == "keep_all" else self._lazy_logits)(list(prompt), written)
+        logits = (self._logits if parting.check == "keep_all" else self._lazy_logits)(
+            list(prompt), written
+        )
         return None if logits is None else float(logits[parting.left] - logits[parting.right])
 
     def _logits(self, prompt: list[int], written: list[int]) -> Tensor:
         """Of the plain model, (V,), after a prompt and what it has written."""
         with torch.no_grad():
-            logits: Tensor = self._llm.model(torch.tensor([prompt + written], device=self._llm.model.device)).logits
+            logits: Tensor = self._llm.model(
+                torch.tensor([prompt + written], device=self._llm.model.device)
+            ).logits
         return logits[0, -1].float()
 
     def _lazy_logits(self, prompt: list[int], written: list[int]) -> Tensor | None:
@@ -126,7 +144,9 @@ class Agreement:
         return output.logits[-1][0].float() if again == written else None
 
 
-def partings(check: str, left: Sequence[Tokens], right: Sequence[Tokens], start: int = 0) -> list[Parting]:
+def partings(
+    check: str, left: Sequence[Tokens], right: Sequence[Tokens], start: int = 0
+) -> list[Parting]:
     """The first place of each prompt where two answers differ. Prompts count from `start`."""
     places = []
     for index, tokens in enumerate(zip(left, right, strict=True), start):
@@ -136,7 +156,8 @@ def partings(check: str, left: Sequence[Tokens], right: Sequence[Tokens], start:
 
 
 def own_prompts(llm: LLM, count: int, length: int) -> list[list[int]]:
-    """Questions of the reader's world as token ids, its six categories in turn, of about `length` of its tokens."""
+    """Questions of the reader's world as token ids, its six categories in turn, of about `length`
+    of its tokens."""
     rounds = [samples(category, length, n=-(-count // len(CATEGORIES))) for category in CATEGORIES]
     drawn = [sample for one_of_each in zip(*rounds, strict=True) for sample in one_of_each]
     return [llm.encode(sample.document, sample.question).token_ids for sample in drawn[:count]]

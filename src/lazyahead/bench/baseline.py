@@ -1,4 +1,5 @@
-"""The row everything is compared with: transformers' own `generate`, nothing attached, its own cache, timed inside."""
+"""The row everything is compared with: transformers' own `generate`, nothing attached, its own
+cache, timed inside."""
 
 from __future__ import annotations
 
@@ -37,7 +38,11 @@ class _Clock(BaseStreamer):  # type: ignore[misc]
 
 
 def run_baseline(
-    model: PreTrainedModel, token_ids: Sequence[int], sampling: Sampling, tokenizer: Any = None, **options: Any
+    model: PreTrainedModel,
+    token_ids: Sequence[int],
+    sampling: Sampling,
+    tokenizer: Any = None,
+    **options: Any,
 ) -> BaselineRun:
     """Answers one prompt with `model.generate`. `options` go to it as they are."""
     clock = _Clock()
@@ -57,17 +62,26 @@ def run_baseline(
 
 
 def _options(model: PreTrainedModel, sampling: Sampling, tokenizer: Any) -> dict[str, Any]:
-    """Our settings in transformers' words; said even where they are defaults, as the model's own may differ."""
+    """Our settings in transformers' words; said even where they are defaults, as the model's own
+    may differ."""
     options: dict[str, Any] = {
         "max_new_tokens": sampling.max_new_tokens,
-        "min_new_tokens": sampling.max_new_tokens if sampling.ignore_eos else sampling.min_new_tokens,
+        "min_new_tokens": sampling.max_new_tokens
+        if sampling.ignore_eos
+        else sampling.min_new_tokens,
         "do_sample": sampling.temperature > 0,
         "repetition_penalty": sampling.repetition_penalty,
         "no_repeat_ngram_size": sampling.no_repeat_ngram_size,
-        "pad_token_id": _first(model.generation_config.pad_token_id, model.generation_config.eos_token_id, 0),
+        "pad_token_id": _first(
+            model.generation_config.pad_token_id, model.generation_config.eos_token_id, 0
+        ),
     }
     if sampling.temperature > 0:
-        options |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        options |= {
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+        }
         options |= {"min_p": sampling.min_p} if sampling.min_p else {}
     if sampling.stop:
         options |= {"stop_strings": list(sampling.stop), "tokenizer": tokenizer}

@@ -1,7 +1,9 @@
-"""How fast answers are written: ours with and without drafts, and transformers' own with and without prompt lookup.
+"""How fast answers are written: ours with and without drafts, and transformers' own with and
+without prompt lookup.
 
-Only what comes after the first token is timed. Every round runs all sides on each prompt, in an order that rotates; the
-first round is not counted. Tokens per second are those of all prompts together, medians over the rounds.
+Only what comes after the first token is timed. Every round runs all sides on each prompt, in an
+order that rotates; the first round is not counted. Tokens per second are those of all prompts
+together, medians over the rounds.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class DecodeRow:
-    """One workload. Speeds in tokens per second; a speed-up is lookahead over what it is named for; None: not asked."""
+    """One workload. Speeds in tokens per second; a speed-up is lookahead over what it is named for;
+    None: not asked."""
 
     workload: str
     num_prompts: int
@@ -50,9 +53,11 @@ class DecodeRow:
     rows_per_pass: float
     """Rows of a decoding pass, drafts included."""
     ideal_speedup: float
-    """Passes through the weights without drafts over passes with them: the speed-up where rows are free."""
+    """Passes through the weights without drafts over passes with them: the speed-up where rows are
+    free."""
     modelled_speedup: float | None
-    """The speed-up were drafting free, and each pass as long as the best of those with as many rows or more."""
+    """The speed-up were drafting free, and each pass as long as the best of those with as many rows
+    or more."""
     draft_us_per_token: float
     """Microseconds of proposing, learning and indexing for each token written."""
     index_share: float | None
@@ -78,7 +83,8 @@ class _Round:
 def measure_decode(
     llm: LLM, work: Workload, runs: int, *, batch: int = 1, progress: Progress = lambda _: None
 ) -> DecodeRow:
-    """`llm` brings the model, how it reads, and how it looks ahead. With a `batch`, our two sides only."""
+    """`llm` brings the model, how it reads, and how it looks ahead. With a `batch`, our two sides
+    only."""
     ahead, plain = _with(llm, llm.decode or Lookahead()), _with(llm, None)
     sides = {"plain": ours(plain, work.sampling), "lookahead": ours(ahead, work.sampling)}
     if batch == 1:
@@ -89,13 +95,20 @@ def measure_decode(
     return _row(work, batch, rounds, drafted, undrafted)
 
 
-def measure_memory(llm: LLM, work: Workload, runs: int, path: str, *, progress: Progress = lambda _: None) -> DecodeRow:
-    """The second half of a stream of questions, after the first half was answered and remembered in a new `path`.
+def measure_memory(
+    llm: LLM, work: Workload, runs: int, path: str, *, progress: Progress = lambda _: None
+) -> DecodeRow:
+    """The second half of a stream of questions, after the first half was answered and remembered in
+    a new `path`.
 
     Rounds repeat the second half, so its own answers are not remembered.
     """
     decode, half = llm.decode or Lookahead(), len(work.prompts) // 2
-    plain, cold, warm = _with(llm, None), _with(llm, decode), _with(llm, replace(decode, memory=path))
+    plain, cold, warm = (
+        _with(llm, None),
+        _with(llm, decode),
+        _with(llm, replace(decode, memory=path)),
+    )
     sides = {
         "plain": ours(plain, work.sampling),
         "cold": ours(cold, work.sampling),
@@ -115,7 +128,12 @@ def _with(llm: LLM, decode: Lookahead | None) -> LLM:
 
 
 def _rounds(
-    sides: dict[str, Side], work: Workload, batch: int, runs: int, meters: Sequence[Meter], progress: Progress
+    sides: dict[str, Side],
+    work: Workload,
+    batch: int,
+    runs: int,
+    meters: Sequence[Meter],
+    progress: Progress,
 ) -> list[_Round]:
     groups = [work.prompts[start : start + batch] for start in range(0, len(work.prompts), batch)]
     rounds = []
@@ -125,7 +143,11 @@ def _rounds(
                 meter.reset()
         shots: dict[str, list[Shot]] = {name: [] for name in sides}
         for number, prompts in enumerate(groups, 1):
-            progress(f"{work.name}: " + (f"round {run} of {runs}" if run else "warm-up") + f", {number}/{len(groups)}")
+            progress(
+                f"{work.name}: "
+                + (f"round {run} of {runs}" if run else "warm-up")
+                + f", {number}/{len(groups)}"
+            )
             turn = (run + number) % len(sides)
             for name in [*sides, *sides][turn : turn + len(sides)]:
                 shots[name].append(sides[name](prompts))
@@ -133,14 +155,21 @@ def _rounds(
     return rounds[1:]
 
 
-def _row(work: Workload, batch: int, rounds: Sequence[_Round], drafted: Meter, undrafted: Meter) -> DecodeRow:
+def _row(
+    work: Workload, batch: int, rounds: Sequence[_Round], drafted: Meter, undrafted: Meter
+) -> DecodeRow:
     speeds = {side: median(r.speed(side) for r in rounds) for side in rounds[0].shots}
     shots = {side: [shot for r in rounds for shot in r.shots[side]] for side in speeds}
     answers = {side: [shot.answers for shot in taken] for side, taken in shots.items()}
     ahead = shots["lookahead"]
     num_timed, ttft_s = sum(shot.num_timed for shot in ahead), sum(shot.ttft_s for shot in ahead)
-    per_token = num_timed / max(1, sum(shot.num_timed for shot in shots["plain"]))  # texts may differ in length
-    cost, is_comparable = row_cost(drafted, undrafted), "baseline" in answers and work.sampling.temperature == 0
+    per_token = num_timed / max(
+        1, sum(shot.num_timed for shot in shots["plain"])
+    )  # texts may differ in length
+    cost, is_comparable = (
+        row_cost(drafted, undrafted),
+        "baseline" in answers and work.sampling.temperature == 0,
+    )
 
     def over(side: str) -> float | None:
         return speeds["lookahead"] / speeds[side] if speeds.get(side) else None
@@ -164,11 +193,15 @@ def _row(work: Workload, batch: int, rounds: Sequence[_Round], drafted: Meter, u
         cold_tokens_per_step=_tokens_per_step(shots["cold"]) if "cold" in shots else None,
         rows_per_pass=drafted.num_rows / max(1, drafted.num_passes),
         ideal_speedup=per_token * undrafted.num_passes / max(1, drafted.num_passes),
-        modelled_speedup=per_token * undrafted.modelled_s(cost) / drafted.modelled_s(cost) if cost else None,
+        modelled_speedup=per_token * undrafted.modelled_s(cost) / drafted.modelled_s(cost)
+        if cost
+        else None,
         draft_us_per_token=1e6 * drafted.draft_s / max(1, num_timed),
         index_share=drafted.index_s / ttft_s if ttft_s else None,
         identical=answers["lookahead"] == answers["plain"],
-        identical_to_baseline=answers["lookahead"] == answers["baseline"] if is_comparable else None,
+        identical_to_baseline=answers["lookahead"] == answers["baseline"]
+        if is_comparable
+        else None,
     )
 
 

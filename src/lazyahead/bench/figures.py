@@ -28,13 +28,16 @@ def need_matplotlib() -> None:
     try:
         import_module("matplotlib.figure")
     except ImportError:
-        raise ConfigError("--figures needs matplotlib; install it with: pip install 'lazyahead[plot]'") from None
+        raise ConfigError(
+            "--figures needs matplotlib; install it with: pip install 'lazyahead[plot]'"
+        ) from None
 
 
 def draw_figures(
     folder: Path, title: str, points: Sequence[SweepPoint], presets: Sequence[QualityRow] = ()
 ) -> list[Path]:
-    """Writes both pictures into `folder` and returns their names; `presets` are rows to mark in the first."""
+    """Writes both pictures into `folder` and returns their names; `presets` are rows to mark in the
+    first."""
     speed, layers = folder / "quality-speedup.png", folder / "quality-layers.png"
     _save(_speed_figure(title, points, presets), speed)
     _save(_layers_figure(title, points), layers)
@@ -45,7 +48,9 @@ def _speed_figure(title: str, points: Sequence[SweepPoint], presets: Sequence[Qu
     """Relative score over speed-up, a line for each method."""
     marked = [row for row in presets if row.method == "lazy"]
     top = _top([*points, *marked])
-    figure, axes = _axes(f"Answers against time to the first token\n{title}", "speed-up of the first token", top)
+    figure, axes = _axes(
+        f"Answers against time to the first token\n{title}", "speed-up of the first token", top
+    )
     for method, (colour, marker, label) in LOOKS.items():
         line = sorted((p for p in points if p.method == method), key=lambda p: p.ideal_speedup)
         style = {"color": colour, "marker": marker, "label": label, "linewidth": 2, "markersize": 6}
@@ -56,7 +61,11 @@ def _speed_figure(title: str, points: Sequence[SweepPoint], presets: Sequence[Qu
             linestyle="none", zorder=5,
         )  # fmt: skip
         axes.annotate(
-            row.prefill, (row.ttft_speedup, row.relative), xytext=(0, 11), textcoords="offset points", ha="center"
+            row.prefill,
+            (row.ttft_speedup, row.relative),
+            xytext=(0, 11),
+            textcoords="offset points",
+            ha="center",
         )
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     axes.set_xlim(left=0.9)
@@ -67,9 +76,16 @@ def _speed_figure(title: str, points: Sequence[SweepPoint], presets: Sequence[Qu
 def _layers_figure(title: str, points: Sequence[SweepPoint]) -> Any:
     """Relative score over the layer of a single cut, a line for each keep ratio."""
     x_label = "layer at whose entry the cut is made"
-    figure, axes = _axes(f"One cut: where, and how many tokens go on\n{title}", x_label, _top(points))
-    for width, (ratio, colour) in zip((4.5, 3, 1.5), SHADES.items(), strict=True):  # equal lines show one in another
-        line = sorted((p for p in points if p.method == "one_cut" and p.keep_ratio == ratio), key=lambda p: p.layer)
+    figure, axes = _axes(
+        f"One cut: where, and how many tokens go on\n{title}", x_label, _top(points)
+    )
+    for width, (ratio, colour) in zip(
+        (4.5, 3, 1.5), SHADES.items(), strict=True
+    ):  # equal lines show one in another
+        line = sorted(
+            (p for p in points if p.method == "one_cut" and p.keep_ratio == ratio),
+            key=lambda p: p.layer,
+        )
         style = {"color": colour, "marker": "o", "label": f"{ratio:.0%} kept", "linewidth": width}
         _plot(axes, [(p.layer, p.relative) for p in line], markersize=2.5 * width, **style)
     axes.set_xticks(sorted({p.layer for p in points if p.method == "one_cut"}))
@@ -107,4 +123,6 @@ def _save(figure: Any, path: Path) -> None:
     """As a picture of few colours, a third as large."""
     drawn = BytesIO()
     figure.savefig(drawn, metadata={"Software": None})
-    import_module("PIL.Image").open(drawn).convert("RGB").quantize(NUM_COLOURS).save(path, optimize=True)
+    import_module("PIL.Image").open(drawn).convert("RGB").quantize(NUM_COLOURS).save(
+        path, optimize=True
+    )

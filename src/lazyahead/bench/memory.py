@@ -1,4 +1,5 @@
-"""Peak memory of one prefill. On a GPU the allocator knows; on a CPU a fresh process is watched from inside."""
+"""Peak memory of one prefill. On a GPU the allocator knows; on a CPU a fresh process is watched
+from inside."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def watched(device: torch.device) -> Iterator[list[Peak]]:
 
 
 def give_back() -> None:
-    """Returns freed memory to the system, so that one measurement does not stand on the leavings of another."""
+    """Returns freed memory to the system, so that one measurement does not stand on the leavings of
+    another."""
     gc.collect()
     with suppress(OSError, AttributeError):  # another C library keeps its own house
         ctypes.CDLL("libc.so.6").malloc_trim(0)

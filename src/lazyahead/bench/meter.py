@@ -16,7 +16,7 @@ from lazyahead.draft.budget import RowCost, Step
 from lazyahead.draft.drafter import DraftRequest
 from lazyahead.draft.tree import Draft, Source
 from lazyahead.llm import LLM
-from lazyahead.prefill.boundary import Flight
+from lazyahead.prefill.policy import Segment
 
 
 @dataclass
@@ -50,7 +50,8 @@ class Meter:
 def row_cost(*meters: Meter) -> RowCost | None:
     """What rows cost, from the passes that were counted; None where there were none.
 
-    Noise only adds, and so do rows: the best pass with as many rows or more is nearest to the truth.
+    Noise only adds, and so do rows: the best pass with as many rows or more is nearest to the
+    truth.
     """
     best: dict[int, float] = {}
     for meter in meters:
@@ -65,7 +66,8 @@ def row_cost(*meters: Meter) -> RowCost | None:
 
 @contextmanager
 def metered(llm: LLM, remember: bool = True) -> Iterator[Meter]:
-    """Inside, the engine's passes and drafting are counted. Without `remember` no answer is remembered."""
+    """Inside, the engine's passes and drafting are counted. Without `remember` no answer is
+    remembered."""
     meter, engine = Meter(), llm.engine
     runner, drafter = engine.runner, engine.drafter
     engine.runner, engine.drafter = _Runner(runner, meter), _Drafter(drafter, meter, remember)
@@ -84,13 +86,13 @@ class _Runner:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def run(self, flights: Sequence[Flight]) -> Tensor:
+    def run(self, segments: Sequence[Segment]) -> Tensor:
         begin = time.perf_counter()
-        logits: Tensor = self._inner.run(flights)
-        if all(flight.reading is None for flight in flights):
+        logits: Tensor = self._inner.run(segments)
+        if all(segment.reading is None for segment in segments):
             if logits.is_cuda:
                 torch.cuda.synchronize(logits.device)
-            rows = sum(len(flight.token_ids) for flight in flights)
+            rows = sum(len(segment.token_ids) for segment in segments)
             self._meter.passes[rows].append(time.perf_counter() - begin)
         return logits
 

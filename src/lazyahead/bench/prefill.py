@@ -1,7 +1,8 @@
-"""How much sooner the first token comes, how near that is to what arithmetic allows, and what it costs elsewhere.
+"""How much sooner the first token comes, how near that is to what arithmetic allows, and what it
+costs elsewhere.
 
-Every round runs all sides one after the other, so that a machine that slows down slows all of them. The first round
-of each length is not counted. Medians of the rest are reported.
+Every round runs all sides one after the other, so that a machine that slows down slows all of them.
+The first round of each length is not counted. Medians of the rest are reported.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from lazyahead.bench.baseline import run_baseline
 from lazyahead.bench.memory import Peak, give_back, in_own_process, ratio, watched
 from lazyahead.bench.methods import Cost
 from lazyahead.bench.shapes import build_shape
+from lazyahead.cache.session import Session
 from lazyahead.config import LazyPrefill
 from lazyahead.llm import LLM
 from lazyahead.results import Piece
 from lazyahead.sampling import Sampling
-from lazyahead.session import Session
 
 NUM_STEPS = 8
 """Decode steps timed after each first token."""
@@ -33,7 +34,8 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a model by path or name, or a random one of a known shape. Pickles, so children can load it."""
+    """What is measured: a model by path or name, or a random one of a known shape. Pickles, so
+    children can load it."""
 
     model: str | None = None
     shape: str | None = None
@@ -46,15 +48,20 @@ class Subject:
         """The model behind our engine, without drafting."""
         given = {"model": self.model, "dtype": self.dtype, "device": self.device}
         if self.shape is None:
-            return LLM(**{k: v for k, v in given.items() if v is not None}, prefill=prefill, decode=None)  # type: ignore[arg-type]
+            return LLM(
+                **{k: v for k, v in given.items() if v is not None}, prefill=prefill, decode=None
+            )  # type: ignore[arg-type]
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, self.dtype or "bfloat16")
-        return LLM(build_shape(self.shape, dtype, device, self.max_context), prefill=prefill, decode=None)
+        return LLM(
+            build_shape(self.shape, dtype, device, self.max_context), prefill=prefill, decode=None
+        )
 
 
 @dataclass(frozen=True)
 class PrefillRow:
-    """One prompt length. Times are medians in seconds; a `_ratio` is ours over baseline unless it says otherwise."""
+    """One prompt length. Times are medians in seconds; a `_ratio` is ours over baseline unless it
+    says otherwise."""
 
     length: int
     baseline_ttft_s: float
@@ -62,7 +69,8 @@ class PrefillRow:
     ttft_s: float
     speedup: float
     ideal_speedup: float
-    """FLOPs of the full prefill over FLOPs of what is computed of it: the kept rows, their attention, running ahead."""
+    """FLOPs of the full prefill over FLOPs of what is computed of it: the kept rows, their
+    attention, running ahead."""
     efficiency: float
     """Speed-up over ideal speed-up."""
     keep_all_ratio: float
@@ -110,7 +118,9 @@ def measure_prefill(
     on_gpu = torch.cuda.is_available() and not (subject.device or "").startswith("cpu")
     if memory and not on_gpu:  # before this process holds the weights too
         progress("peak memory, in processes of their own")
-        peaks = tuple(in_own_process(_peaks, subject, prefill, plain, lengths) for plain in (False, True))  # type: ignore[assignment]
+        peaks = tuple(
+            in_own_process(_peaks, subject, prefill, plain, lengths) for plain in (False, True)
+        )  # type: ignore[assignment]
     llm = subject.load(prefill)
     if memory and on_gpu:
         peaks = _peaks_of(llm, False, lengths), _peaks_of(llm, True, lengths)
@@ -135,10 +145,18 @@ def _measure_length(
         computed = piece.stats.prompt_tokens_computed
         second, _ = _shoot(llm, [*session.history, *token_ids[length:]], session)
         whole, _ = _shoot(keep_all, token_ids[:length])
-        rounds.append(_Round(_Shot(baseline.ttft_s, baseline.decode_s / NUM_STEPS), ours, whole, second.ttft_s))
+        rounds.append(
+            _Round(
+                _Shot(baseline.ttft_s, baseline.decode_s / NUM_STEPS), ours, whole, second.ttft_s
+            )
+        )
     rounds = rounds[1:]
-    baseline_ttft, ttft = (median(getattr(r, side).ttft_s for r in rounds) for side in ("baseline", "ours"))
-    baseline_step, step = (median(getattr(r, side).step_s for r in rounds) for side in ("baseline", "ours"))
+    baseline_ttft, ttft = (
+        median(getattr(r, side).ttft_s for r in rounds) for side in ("baseline", "ours")
+    )
+    baseline_step, step = (
+        median(getattr(r, side).step_s for r in rounds) for side in ("baseline", "ours")
+    )
     ideal = 1.0 if llm.prefill is None else Cost.of(llm, length).ideal_speedup(llm.prefill)
     return PrefillRow(
         length=length,
@@ -160,7 +178,9 @@ def _measure_length(
 def random_prompt(llm: LLM, length: int, seed: int = 0) -> list[int]:
     """Random tokens: time does not depend on which they are."""
     vocabulary = llm.model.config.get_text_config().vocab_size
-    ids: list[int] = torch.randint(3, vocabulary, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    ids: list[int] = torch.randint(
+        3, vocabulary, (length,), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
     return ids
 
 
@@ -171,12 +191,13 @@ def _shoot(llm: LLM, token_ids: list[int], session: Session | None = None) -> tu
 
 
 def _reviving_step_ratio(llm: LLM, token_ids: list[int], runs: int) -> float | None:
-    """Steps that bring back in passing as many tokens as the limit allows, over steps that bring back none, in
-    alternation. No pass is repeated: that costs what a pass costs, and happens in doubt only."""
+    """Steps that bring back in passing as many tokens as the limit allows, over steps that bring
+    back none, in alternation. No pass is repeated: that costs what a pass costs, and happens in
+    doubt only."""
     if llm.prefill is None:
         return None
     rules = (
-        replace(llm.prefill, revive="demand", revive_threshold=0.0, doubt_below=0.0),
+        replace(llm.prefill, revive="demand", revive_threshold=0.0, recall_below_prob=0.0),
         replace(llm.prefill, revive="never"),
     )
     sides = [LLM(llm.model, tokenizer=llm.tokenizer, prefill=rule, decode=None) for rule in rules]
@@ -185,13 +206,16 @@ def _reviving_step_ratio(llm: LLM, token_ids: list[int], runs: int) -> float | N
     return busy / quiet
 
 
-def _peaks(subject: Subject, prefill: LazyPrefill | None, plain: bool, lengths: Sequence[int]) -> list[Peak]:
+def _peaks(
+    subject: Subject, prefill: LazyPrefill | None, plain: bool, lengths: Sequence[int]
+) -> list[Peak]:
     """What a child process does."""
     return _peaks_of(subject.load(prefill), plain, lengths)
 
 
 def _peaks_of(llm: LLM, plain: bool, lengths: Sequence[int]) -> list[Peak]:
-    """Peak of one prefill at each length, over what is in use after a short one that pays for what is paid once."""
+    """Peak of one prefill at each length, over what is in use after a short one that pays for what
+    is paid once."""
     once = Sampling(max_new_tokens=1, ignore_eos=True)
     found: list[Peak] = []
     for length in (min(64, *lengths), *lengths):

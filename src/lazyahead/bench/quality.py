@@ -1,7 +1,8 @@
 """What reading lazily does to answers, and how much sooner they come: the paper's tables 1 and 2.
 
-Every sample is read by all ways, one after the other, in an order that rotates, so that a machine that slows down slows
-all of them. Speed-ups are medians of what the full prefill of the same sample, in the same round, took over the other.
+Every sample is read by all ways, one after the other, in an order that rotates, so that a machine
+that slows down slows all of them. Speed-ups are medians of what the full prefill of the same
+sample, in the same round, took over the other.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ Work = Mapping[str, Sequence[Sample]]
 
 @dataclass(frozen=True)
 class QualityRow:
-    """One category, read one way. Times are medians in seconds; speed-ups are over the full prefill of our engine."""
+    """One category, read one way. Times are medians in seconds; speed-ups are over the full prefill
+    of our engine."""
 
     category: str
     method: str
@@ -69,16 +71,28 @@ class _Round:
 
 
 def draw(
-    llm: LLM, categories: Sequence[str], length: int, num_samples: int, seed: int = 0, *, heldout: bool = False
+    llm: LLM,
+    categories: Sequence[str],
+    length: int,
+    num_samples: int,
+    seed: int = 0,
+    *,
+    heldout: bool = False,
 ) -> Work:
-    """The samples. Raises ConfigError for a category or a length there is not, and where a measure is missing."""
+    """The samples. Raises ConfigError for a category or a length there is not, and where a measure
+    is missing."""
     unknown = [name for name in categories if name not in CATEGORIES]
     if unknown or not categories:
-        raise ConfigError(f"no category is called {(unknown or [''])[0]!r}; there are {', '.join(CATEGORIES)}")
+        raise ConfigError(
+            f"no category is called {(unknown or [''])[0]!r}; there are {', '.join(CATEGORIES)}"
+        )
     if llm.tokenizer is None:
         raise ConfigError("this model has no tokenizer; the samples are text")
     try:
-        work = {name: samples(name, length, seed, num_samples, heldout) for name in dict.fromkeys(categories)}
+        work = {
+            name: samples(name, length, seed, num_samples, heldout)
+            for name in dict.fromkeys(categories)
+        }
         for first, *_ in work.values():
             score(first, first.answer)
     except (ValueError, ImportError) as error:
@@ -94,7 +108,8 @@ def measure_quality(
     *,
     progress: Progress = lambda what, done: None,
 ) -> tuple[list[QualityRow], list[QualityRow]]:
-    """Rows by category, the full prefill first in each, and one row of each method over all samples.
+    """Rows by category, the full prefill first in each, and one row of each method over all
+    samples.
 
     `llm` brings the model. Plain transformers reads the first `runs` samples of each category too.
     """
@@ -120,7 +135,8 @@ def greedy(llm: LLM, answer: str) -> Sampling:
 
 
 def _warm_up(engines: Sequence[LLM], sample: Sample, *, with_transformers: bool) -> None:
-    """A prompt of the length for each, not counted; long enough for drafting to measure what rows cost."""
+    """A prompt of the length for each, not counted; long enough for drafting to measure what rows
+    cost."""
     for engine in engines:
         engine.generate(sample.document, sample.question, sampling=Sampling(max_new_tokens=4))
     if with_transformers:
@@ -137,13 +153,19 @@ def _tell(progress: Progress, what: str, done: int, total: int, part: float) -> 
 
 
 def _read(
-    engines: Sequence[LLM], sample: Sample, turn: int, with_transformers: bool, tell: Callable[[float], None]
+    engines: Sequence[LLM],
+    sample: Sample,
+    turn: int,
+    with_transformers: bool,
+    tell: Callable[[float], None],
 ) -> _Round:
     """All ways, beginning with another one each time."""
     sampling, answers = greedy(engines[0], sample.answer), dict[int, Completion]()
     for done, index in enumerate((turn + step) % len(engines) for step in range(len(engines))):
         tell(done / len(engines))
-        answers[index] = engines[index].generate(sample.document, sample.question, sampling=sampling)
+        answers[index] = engines[index].generate(
+            sample.document, sample.question, sampling=sampling
+        )
     plain = _transformers_ttft_s(engines[0], sample) if with_transformers else None
     return _Round(sample, [answers[index] for index in range(len(engines))], plain)
 
@@ -155,8 +177,14 @@ def _rows(category: str, methods: Sequence[Method], rounds: Sequence[_Round]) ->
 def _row(category: str, method: Method, index: int, rounds: Sequence[_Round]) -> QualityRow:
     pairs = [(one.answers[0], one.answers[index]) for one in rounds]
     stats = [ours.stats for _, ours in pairs]
-    full_score, own_score = (fmean(score(one.sample, one.answers[i].text) for one in rounds) for i in (0, index))
-    plain = [(one.transformers_ttft_s, one.answers[index].stats.ttft_s) for one in rounds if one.transformers_ttft_s]
+    full_score, own_score = (
+        fmean(score(one.sample, one.answers[i].text) for one in rounds) for i in (0, index)
+    )
+    plain = [
+        (one.transformers_ttft_s, one.answers[index].stats.ttft_s)
+        for one in rounds
+        if one.transformers_ttft_s
+    ]
     return QualityRow(
         category=category,
         method=method.name,
@@ -173,7 +201,9 @@ def _row(category: str, method: Method, index: int, rounds: Sequence[_Round]) ->
         prompt_tokens=fmean(one.prompt_tokens for one in stats),
         answer_tokens=fmean(one.answer_tokens for one in stats),
         transformers_ttft_s=median(theirs for theirs, _ in plain) if plain else None,
-        transformers_ttft_speedup=median(theirs / ours for theirs, ours in plain) if plain else None,
+        transformers_ttft_speedup=median(theirs / ours for theirs, ours in plain)
+        if plain
+        else None,
     )
 
 

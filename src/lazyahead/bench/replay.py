@@ -40,7 +40,8 @@ class ReplayRow:
     index_us_per_token: float
     """Microseconds of indexing for each token of the prompts."""
     ideal_speedup: float
-    """Over writing token by token, with steps as long as their row cost says and drafting as long as it took."""
+    """Over writing token by token, with steps as long as their row cost says and drafting as long
+    as it took."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class ContextRow:
     memory_tokens: int
     """Tokens of earlier answers that are looked through as well."""
     draft_us_per_token: float
-    """Of the answer: proposing, choosing, verifying, learning and indexing, drafts of up to 64 tokens."""
+    """Of the answer: proposing, choosing, verifying, learning and indexing, drafts of up to 64
+    tokens."""
     draft_us_per_step: float
     """The same for each step, which brings several tokens."""
     insert_us_per_token: float
@@ -74,11 +76,22 @@ def windows(token_ids: Sequence[int], length: int, answer_length: int, count: in
     """
     last = len(token_ids) - answer_length
     first = min(length, last // 2)
-    starts = sorted({last - index * answer_length for index in range(count) if last - index * answer_length >= first})
-    return [(token_ids[max(0, start - length) : start], token_ids[start : start + answer_length]) for start in starts]
+    starts = sorted(
+        {
+            last - index * answer_length
+            for index in range(count)
+            if last - index * answer_length >= first
+        }
+    )
+    return [
+        (token_ids[max(0, start - length) : start], token_ids[start : start + answer_length])
+        for start in starts
+    ]
 
 
-def measure_drafters(texts: Sequence[Text], cost: RowCost = FREE_ROWS, *, remember: bool = False) -> list[ReplayRow]:
+def measure_drafters(
+    texts: Sequence[Text], cost: RowCost = FREE_ROWS, *, remember: bool = False
+) -> list[ReplayRow]:
     """Every drafter on the same answers. With `remember`, answers help those after them."""
     rows = []
     for name, kind in DRAFTERS.items():
@@ -98,9 +111,11 @@ def measure_drafters(texts: Sequence[Text], cost: RowCost = FREE_ROWS, *, rememb
 
 
 def measure_contexts(token_ids: Sequence[int], lengths: Sequence[int]) -> Iterator[ContextRow]:
-    """The cost of drafting behind prompts of these lengths, without and with a memory of a million tokens.
+    """The cost of drafting behind prompts of these lengths, without and with a memory of a million
+    tokens.
 
-    The text is repeated with changes where it is shorter, so that there is always something to find.
+    The text is repeated with changes where it is shorter, so that there is always something to
+    find.
     """
     for num_remembered in (0, MEMORY_TOKENS):
         drafter = TrieDrafter(capacity_bytes=64 << 20 if num_remembered else 0)
@@ -108,10 +123,14 @@ def measure_contexts(token_ids: Sequence[int], lengths: Sequence[int]) -> Iterat
             for start in range(0, num_remembered, 1024):
                 drafter.remember(_stretched(token_ids, 1024, seed=start))
         for length in lengths:
-            yield _measure_context(drafter, _stretched(token_ids, length + NUM_ANSWER), length, num_remembered)
+            yield _measure_context(
+                drafter, _stretched(token_ids, length + NUM_ANSWER), length, num_remembered
+            )
 
 
-def _measure_context(drafter: TrieDrafter, text: Sequence[int], length: int, memory_tokens: int) -> ContextRow:
+def _measure_context(
+    drafter: TrieDrafter, text: Sequence[int], length: int, memory_tokens: int
+) -> ContextRow:
     prompt, answer = text[:length], text[length:]
     result = replay(drafter, [(prompt, answer)] * 3)
     request = drafter.start(prompt)

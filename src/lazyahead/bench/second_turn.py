@@ -1,7 +1,9 @@
-"""The question that comes later: what deferring costs when the first turn did not say what would matter.
+"""The question that comes later: what deferring costs when the first turn did not say what would
+matter.
 
-The first turn brings a document and asks for nothing in it, or for something else. The question comes in the second
-turn, on the same session: whoever dropped tokens for good has dropped them without knowing it.
+The first turn brings a document and asks for nothing in it, or for something else. The question
+comes in the second turn, on the same session: whoever dropped tokens for good has dropped them
+without knowing it.
 """
 
 from __future__ import annotations
@@ -13,13 +15,13 @@ from typing import NamedTuple
 
 from lazyahead.bench.methods import FULL, Method
 from lazyahead.bench.quality import AVERAGE, Progress, Work, greedy
+from lazyahead.cache.session import Session
 from lazyahead.errors import ConfigError
 from lazyahead.llm import LLM
 from lazyahead.reader import Sample, score
 from lazyahead.reader.prompt import READ_FIRST
 from lazyahead.results import Completion
 from lazyahead.sampling import Sampling
-from lazyahead.session import Session
 from lazyahead.text import Message, encode_turn
 
 CATEGORIES = ("single_doc_qa", "multi_doc_qa", "synthetic")
@@ -30,7 +32,8 @@ FIRST_TURNS = ("neutral", "question")
 
 @dataclass(frozen=True)
 class SecondTurnRow:
-    """One category, read one way. Times are medians in seconds; ratios are of the same sample in the same round."""
+    """One category, read one way. Times are medians in seconds; ratios are of the same sample in
+    the same round."""
 
     category: str
     method: str
@@ -82,7 +85,8 @@ def measure_second_turn(
     *,
     progress: Progress = lambda what, done: None,
 ) -> tuple[list[SecondTurnRow], list[SecondTurnRow]]:
-    """Rows by category, the full prefill first in each, and one row of each method over all samples.
+    """Rows by category, the full prefill first in each, and one row of each method over all
+    samples.
 
     `first` is one of `FIRST_TURNS`. Raises ConfigError where a category has no other question.
     """
@@ -104,13 +108,16 @@ def measure_second_turn(
 
 
 def opening(sample: Sample, first: str) -> tuple[str, str]:
-    """What the first turn asks, and about what it should hear. Raises ConfigError where there is no such thing."""
+    """What the first turn asks, and about what it should hear. Raises ConfigError where there is no
+    such thing."""
     if first not in FIRST_TURNS:
         raise ConfigError(f"--first is one of {', '.join(FIRST_TURNS)}, got {first!r}")
     if first == "neutral":
         return READ_FIRST
     if not sample.others:
-        raise ConfigError(f"{sample.category} documents have one question only; leave it out, or use --first neutral")
+        raise ConfigError(
+            f"{sample.category} documents have one question only; leave it out, or use --first neutral"
+        )
     return sample.others[0]
 
 
@@ -120,7 +127,10 @@ def converse(llm: LLM, sample: Sample, first: str = "neutral") -> tuple[Turns, l
     request, expected = opening(sample, first)
     messages: list[Message] = [{"role": "user", "content": f"{sample.document}\n\n{request}"}]
     begun = _chat(llm, messages, greedy(llm, expected), session)
-    messages += [{"role": "assistant", "content": begun.text.strip()}, {"role": "user", "content": sample.question}]
+    messages += [
+        {"role": "assistant", "content": begun.text.strip()},
+        {"role": "user", "content": sample.question},
+    ]
     prompt = encode_turn(llm.tokenizer, messages, session.history).token_ids
     return Turns(begun, _chat(llm, messages, greedy(llm, sample.answer), session)), prompt
 
@@ -130,7 +140,8 @@ def _chat(llm: LLM, messages: list[Message], sampling: Sampling, session: Sessio
 
 
 def _round(engines: Sequence[LLM], sample: Sample, first: str, turn: int) -> _Round:
-    """All ways, beginning with another one each time; then the full prefill reads the second turn from its start."""
+    """All ways, beginning with another one each time; then the full prefill reads the second turn
+    from its start."""
     turns: dict[int, Turns] = {}
     prompt: list[int] = []
     for index in ((turn + step) % len(engines) for step in range(len(engines))):
@@ -140,14 +151,18 @@ def _round(engines: Sequence[LLM], sample: Sample, first: str, turn: int) -> _Ro
     return _Round(sample, [turns[index] for index in range(len(engines))], last.stats.ttft_s)
 
 
-def _rows(category: str, methods: Sequence[Method], rounds: Sequence[_Round]) -> list[SecondTurnRow]:
+def _rows(
+    category: str, methods: Sequence[Method], rounds: Sequence[_Round]
+) -> list[SecondTurnRow]:
     return [_row(category, method, index, rounds) for index, method in enumerate(methods)]
 
 
 def _row(category: str, method: Method, index: int, rounds: Sequence[_Round]) -> SecondTurnRow:
     turns = [one.turns[index] for one in rounds]
     stats = [pair.second.stats for pair in turns]
-    full_score, own_score = (fmean(score(one.sample, one.turns[i].second.text) for one in rounds) for i in (0, index))
+    full_score, own_score = (
+        fmean(score(one.sample, one.turns[i].second.text) for one in rounds) for i in (0, index)
+    )
     return SecondTurnRow(
         category=category,
         method=method.name,
@@ -162,7 +177,9 @@ def _row(category: str, method: Method, index: int, rounds: Sequence[_Round]) ->
         ),
         ttft_s=median(one.ttft_s for one in stats),
         reread_ttft_s=median(one.reread_ttft_s for one in rounds),
-        ttft_ratio=median(one.turns[index].second.stats.ttft_s / one.reread_ttft_s for one in rounds),
+        ttft_ratio=median(
+            one.turns[index].second.stats.ttft_s / one.reread_ttft_s for one in rounds
+        ),
         prompt_tokens_computed=fmean(one.prompt_tokens_computed for one in stats),
         prompt_tokens=fmean(one.prompt_tokens for one in stats),
         answer_tokens=fmean(one.answer_tokens for one in stats),

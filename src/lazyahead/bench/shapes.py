@@ -1,4 +1,5 @@
-"""Models of known sizes with random weights: as fast and as large as the real ones, and nothing to download."""
+"""Models of known sizes with random weights: as fast and as large as the real ones, and nothing to
+download."""
 
 from __future__ import annotations
 
@@ -37,7 +38,10 @@ _SHAPES: dict[str, tuple[str, tuple[int | bool | float, ...]]] = {
     "llama-8b": ("llama", (4096, 14_336, 32, 32, 8, 128_256, False, 500_000.0)),
     "qwen3-8b": ("qwen3", (4096, 12_288, 36, 32, 8, 151_936, False, 1_000_000.0)),
 }
-_EXTRA: dict[str, dict[str, int | None]] = {"qwen3": {"head_dim": 128}, "mistral": {"sliding_window": None}}
+_EXTRA: dict[str, dict[str, int | None]] = {
+    "qwen3": {"head_dim": 128},
+    "mistral": {"sliding_window": None},
+}
 SHAPES = tuple(_SHAPES)
 """Names that `build_shape` takes, smallest first."""
 
@@ -45,7 +49,8 @@ SHAPES = tuple(_SHAPES)
 def build_shape(
     name: str, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", max_context: int = 32_768
 ) -> PreTrainedModel:
-    """A random model of this shape. It can read `max_context` tokens, whatever the original's limit.
+    """A random model of this shape. It can read `max_context` tokens, whatever the original's
+    limit.
 
     Raises ConfigError for a name that is not in `SHAPES`.
     """
@@ -63,14 +68,17 @@ def build_shape(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.to_empty(device=device)
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)  # its tables were on meta too
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(
+        device
+    )  # its tables were on meta too
     fill(model)
     return model.eval()
 
 
 @torch.no_grad()
 def fill(model: nn.Module, std: float = 0.02, seed: int = 0) -> None:
-    """Random matrices at the speed of a copy: one block, repeated; its length is prime, so no two rows agree."""
+    """Random matrices at the speed of a copy: one block, repeated; its length is prime, so no two
+    rows agree."""
     noise = torch.randn(1_000_003, generator=torch.Generator().manual_seed(seed)) * std
     for name, weight in model.named_parameters():
         if weight.ndim < 2:

@@ -1,4 +1,5 @@
-"""The sides that the decoding benchmark compares. Each answers one prompt, or several at once, and times itself."""
+"""The sides that the decoding benchmark compares. Each answers one prompt, or several at once, and
+times itself."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from lazyahead.bench.baseline import run_baseline
+from lazyahead.engine.request import Request
 from lazyahead.hf.processors import picker_for
 from lazyahead.llm import LLM
-from lazyahead.request import Request
 from lazyahead.sampling import Sampling
 
 LOOKUP_TOKENS = 10
@@ -42,7 +43,11 @@ def ours(llm: LLM, sampling: Sampling) -> Side:
     """Our engine, reading and writing as `llm` is set up."""
 
     def answer(prompts: Prompts) -> Shot:
-        return _stream(llm, prompts[0], sampling) if len(prompts) == 1 else _together(llm, prompts, sampling)
+        return (
+            _stream(llm, prompts[0], sampling)
+            if len(prompts) == 1
+            else _together(llm, prompts, sampling)
+        )
 
     return answer
 
@@ -72,7 +77,9 @@ def prompt_lookup(llm: LLM, sampling: Sampling) -> Side:
     def answer(prompts: Prompts) -> Shot:
         (prompt,) = prompts
         steps, ids = _Steps(), torch.tensor([prompt], device=llm.model.device)
-        output = llm.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=steps, **options)
+        output = llm.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), streamer=steps, **options
+        )
         _, (begin, _), *later = steps.seen  # the prompt, the first pass, the others
         token_ids = tuple(output[0, len(prompt) :].tolist())
         num_timed, end = sum(num for _, num in later), later[-1][0] if later else begin
@@ -82,7 +89,8 @@ def prompt_lookup(llm: LLM, sampling: Sampling) -> Side:
 
 
 class _Steps(BaseStreamer):  # type: ignore[misc]
-    """Notes when tokens come, and how many: prompt lookup brings several at once, already with the first pass."""
+    """Notes when tokens come, and how many: prompt lookup brings several at once, already with the
+    first pass."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[float, int]] = []
@@ -98,7 +106,9 @@ def _stream(llm: LLM, prompt: list[int], sampling: Sampling) -> Shot:
     pieces = list(llm.stream(prompt, sampling=sampling))
     stats = pieces[-1].stats
     token_ids = tuple(token for piece in pieces for token in piece.token_ids)
-    return Shot((token_ids,), stats.answer_tokens - 1, stats.decode_s, stats.num_steps, stats.ttft_s)
+    return Shot(
+        (token_ids,), stats.answer_tokens - 1, stats.decode_s, stats.num_steps, stats.ttft_s
+    )
 
 
 def _together(llm: LLM, prompts: Prompts, sampling: Sampling) -> Shot:
@@ -122,11 +132,14 @@ def _together(llm: LLM, prompts: Prompts, sampling: Sampling) -> Shot:
 
 def _progress(requests: Sequence[Request]) -> tuple[int, int]:
     """Tokens and steps so far."""
-    return sum(len(request.answer) for request in requests), sum(request.num_steps for request in requests)
+    return sum(len(request.answer) for request in requests), sum(
+        request.num_steps for request in requests
+    )
 
 
 def _request(llm: LLM, prompt: list[int], sampling: Sampling) -> Request:
-    """A request whose prompt has been read but for its last token, so that all can begin to write together."""
+    """A request whose prompt has been read but for its last token, so that all can begin to write
+    together."""
     session = llm.session()
     list(llm.stream(prompt, sampling=_ONCE, session=session))
     session.crop(len(prompt) - 1)

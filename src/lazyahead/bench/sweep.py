@@ -1,4 +1,5 @@
-"""Many ways of reading on a few samples: how strongly and where, before answers suffer (the paper's figures 5, 6)."""
+"""Many ways of reading on a few samples: how strongly and where, before answers suffer (the paper's
+figures 5, 6)."""
 
 from __future__ import annotations
 
@@ -21,10 +22,12 @@ DEPTHS = (1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6)
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One way of reading, over all samples of the sweep. Speed-ups and scores are over the full prefill."""
+    """One way of reading, over all samples of the sweep. Speed-ups and scores are over the full
+    prefill."""
 
     method: str
-    """`lazy`, `random_drop` or `static_prune`; `one_cut` for a single boundary with the preset's scorer and revival."""
+    """`lazy`, `random_drop` or `static_prune`; `one_cut` for a single boundary with the preset's
+    scorer and revival."""
     layer: int
     """Where fewer tokens go on for the first time."""
     keep_ratio: float
@@ -45,10 +48,14 @@ def measure_sweep(
     *,
     progress: Progress = lambda what, done: None,
 ) -> list[SweepPoint]:
-    """Schedules as strong as `rule` and weaker and stronger ones, each beside its baselines; and single cuts at
-    `layers` (left out: five of them). Raises ConfigError for a layer that cannot cut."""
+    """Schedules as strong as `rule` and weaker and stronger ones, each beside its baselines; and
+    single cuts at `layers` (left out: five of them). Raises ConfigError for a layer that cannot
+    cut."""
     cost = Cost.of(llm, len(_any_prompt(llm, work)))
-    methods = [*schedules(rule, cost, seed), *cuts(rule, cost, layers or default_layers(cost.num_layers))]
+    methods = [
+        *schedules(rule, cost, seed),
+        *cuts(rule, cost, layers or default_layers(cost.num_layers)),
+    ]
     _, averages = measure_quality(llm, methods, work, runs=0, progress=progress)
     return [
         SweepPoint(
@@ -66,11 +73,14 @@ def measure_sweep(
 
 
 def schedules(rule: LazyPrefill, cost: Cost, seed: int = 0) -> list[Method]:
-    """`rule` with its depths scaled, each with a random drop and a static pruning at equal cost; weakest first."""
+    """`rule` with its depths scaled, each with a random drop and a static pruning at equal cost;
+    weakest first."""
     methods: list[Method] = []
     seen: set[tuple[int, ...]] = set()
     for scale in DEPTH_SCALES:
-        scaled = tuple((round(depth * scale, 4), ratio) for depth, ratio in rule.schedule if depth * scale < 1)
+        scaled = tuple(
+            (round(depth * scale, 4), ratio) for depth, ratio in rule.schedule if depth * scale < 1
+        )
         if not scaled:
             continue
         lazy = replace(rule, schedule=scaled)
@@ -85,12 +95,17 @@ def schedules(rule: LazyPrefill, cost: Cost, seed: int = 0) -> list[Method]:
 
 
 def cuts(rule: LazyPrefill, cost: Cost, layers: Sequence[int]) -> list[Method]:
-    """`rule` with a single boundary: every layer with every ratio. Raises ConfigError for a layer that cannot cut."""
+    """`rule` with a single boundary: every layer with every ratio. Raises ConfigError for a layer
+    that cannot cut."""
     wrong = [layer for layer in layers if not 0 < layer < cost.num_layers]
     if wrong:
-        raise ConfigError(f"--sweep takes layers from 1 to {cost.num_layers - 1} of this model, got {wrong[0]}")
+        raise ConfigError(
+            f"--sweep takes layers from 1 to {cost.num_layers - 1} of this model, got {wrong[0]}"
+        )
     return [
-        Method("one_cut", f"layer {layer}", replace(rule, schedule=((layer / cost.num_layers, ratio),)))
+        Method(
+            "one_cut", f"layer {layer}", replace(rule, schedule=((layer / cost.num_layers, ratio),))
+        )
         for ratio in KEEP_RATIOS
         for layer in sorted(set(layers))
     ]

@@ -1,4 +1,5 @@
-"""Prompts of the decoding benchmark: questions of the reader's world, random tokens, or the user's own."""
+"""Prompts of the decoding benchmark: questions of the reader's world, random tokens, or the user's
+own."""
 
 from __future__ import annotations
 
@@ -28,21 +29,32 @@ class Workload(NamedTuple):
     sampling: Sampling
 
 
-def workload(llm: LLM, name: str, length: int, count: int, max_new_tokens: int, seed: int) -> Workload:
-    """`count` prompts of about `length` tokens. Raises ConfigError for a name that is not in `WORKLOADS`."""
+def workload(
+    llm: LLM, name: str, length: int, count: int, max_new_tokens: int, seed: int
+) -> Workload:
+    """`count` prompts of about `length` tokens. Raises ConfigError for a name that is not in
+    `WORKLOADS`."""
     if name not in WORKLOADS:
         raise ConfigError(f"no workload is called {name!r}; there are {', '.join(WORKLOADS)}")
     sampling = Sampling(max_new_tokens=max_new_tokens, seed=seed)
     if name == "random":
-        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=RANDOM_TEMPERATURE, ignore_eos=True, seed=seed)
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=RANDOM_TEMPERATURE,
+            ignore_eos=True,
+            seed=seed,
+        )
     if length < SHORTEST:
         raise ConfigError(f"--length must be at least {SHORTEST}, got {length}")
     return Workload(name, WORKLOADS[name](llm, length, count, seed), sampling)
 
 
-def stream_of_questions(llm: LLM, length: int, count: int, max_new_tokens: int, seed: int) -> Workload:
-    """Questions for single facts of a few documents, which state them in other words than the answer does. They are
-    drawn from half as many different ones: as users' questions do, some come again."""
+def stream_of_questions(
+    llm: LLM, length: int, count: int, max_new_tokens: int, seed: int
+) -> Workload:
+    """Questions for single facts of a few documents, which state them in other words than the
+    answer does. They are drawn from half as many different ones: as users' questions do, some
+    come again."""
     chars = round((length - 40) * CHARS_PER_TOKEN["qa"])
     rng = random.Random(f"stream {length} {seed}")
     known: list[tuple[str, str]] = []
@@ -67,7 +79,8 @@ def text_workload(llm: LLM, path: Path, length: int, count: int, max_new_tokens:
 
 
 def file_workloads(llm: LLM, path: Path, count: int, max_new_tokens: int) -> list[Workload]:
-    """JSON lines with `prompt` or Spec-Bench's `turns` (the first is asked); one workload per `category`."""
+    """JSON lines with `prompt` or Spec-Bench's `turns` (the first is asked); one workload per
+    `category`."""
     groups: dict[str, list[list[int]]] = {}
     for number, values in json_lines(path):
         turns = values.get("turns")
@@ -77,7 +90,10 @@ def file_workloads(llm: LLM, path: Path, count: int, max_new_tokens: int) -> lis
         group = groups.setdefault(str(values.get("category", path.stem)), [])
         if len(group) < count:
             group.append(llm.encode(prompt).token_ids)
-    return [Workload(name, group, Sampling(max_new_tokens=max_new_tokens)) for name, group in groups.items()]
+    return [
+        Workload(name, group, Sampling(max_new_tokens=max_new_tokens))
+        for name, group in groups.items()
+    ]
 
 
 def _questions(category: str) -> Callable[[LLM, int, int, int], list[list[int]]]:
@@ -100,7 +116,10 @@ def _encode(llm: LLM, sample: Sample) -> list[int]:
 
 
 def _random(llm: LLM, length: int, count: int, seed: int) -> list[list[int]]:
-    rng, vocabulary = random.Random(f"random {length} {seed}"), llm.model.config.get_text_config().vocab_size
+    rng, vocabulary = (
+        random.Random(f"random {length} {seed}"),
+        llm.model.config.get_text_config().vocab_size,
+    )
     return [[rng.randrange(vocabulary) for _ in range(length)] for _ in range(count)]
 
 

@@ -1,4 +1,5 @@
-"""The command line. Exit codes: 0 success, 2 the user's mistake (one line on stderr), 130 Ctrl-C, 1 anything else."""
+"""The command line. Exit codes: 0 success, 2 the user's mistake (one line on stderr), 130 Ctrl-C, 1
+anything else."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns its exit code."""
-    from lazyahead.cli.app import app  # noqa: PLC0415
+    from lazyahead.cli.app import app
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -36,7 +37,9 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        complain(error.format_message() or "give a command; `lazyahead --help` lists them")  # the parser's own
+        complain(
+            error.format_message() or "give a command; `lazyahead --help` lists them"
+        )  # the parser's own
         return 2
 
 

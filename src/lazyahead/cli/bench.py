@@ -53,30 +53,40 @@ def parse_lengths(text: str) -> tuple[int, ...]:
 def bench_prefill(
     model: options.Model = None,
     shape: Annotated[
-        str | None, typer.Option(help="A random model of a known size, e.g. qwen2.5-0.5b: speed only.")
+        str | None,
+        typer.Option(help="A random model of a known size, e.g. qwen2.5-0.5b: speed only."),
     ] = None,
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "4096,8192",
     prefill: options.Prefill = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     runs: options.Runs = 3,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory too (loads the model twice more on a CPU).")] = True,
+    memory: Annotated[
+        bool, typer.Option(help="Measure peak memory too (loads the model twice more on a CPU).")
+    ] = True,
     json: options.Json = False,
 ) -> None:
     """Time to the first token, beside transformers `generate`."""
     wanted = parse_lengths(lengths)
     if model and shape:
         raise ConfigError("give --model or --shape, not both")
-    from lazyahead.bench.prefill import Subject, measure_prefill  # noqa: PLC0415
-    from lazyahead.config import LazyPrefill  # noqa: PLC0415
+    from lazyahead.bench.prefill import Subject, measure_prefill
+    from lazyahead.config import LazyPrefill
 
     rule = LazyPrefill() if prefill is None else options.parse_prefill(prefill)
     subject = Subject(model, shape, dtype, device, max_context=max(wanted) + 64)
     with options.quiet_transformers(), Console(stderr=True).status("starting") as status:
-        llm, rows = measure_prefill(subject, rule, wanted, runs, memory=memory, progress=status.update)
+        llm, rows = measure_prefill(
+            subject, rule, wanted, runs, memory=memory, progress=status.update
+        )
     if json:
         name = shape or llm.name
-        print_json({**record(llm, seed=0, runs=runs, results={"rows": [asdict(row) for row in rows]}), "model": name})
+        print_json(
+            {
+                **record(llm, seed=0, runs=runs, results={"rows": [asdict(row) for row in rows]}),
+                "model": name,
+            }
+        )
     else:
         show_prefill(shape or llm.name, rows, runs)
 

@@ -26,20 +26,29 @@ if TYPE_CHECKING:
 def bench_decode(
     model: options.Model = None,
     workload: Annotated[
-        str, typer.Option(help="rag, qa, code, chat, random, or several of them with commas between.")
+        str,
+        typer.Option(help="rag, qa, code, chat, random, or several of them with commas between."),
     ] = "rag,qa,code,chat,random",
-    text: Annotated[Path | None, typer.Option(help="Go on with parts of this text instead.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Go on with parts of this text instead.")
+    ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Answer these instead: JSON lines with `prompt`, or Spec-Bench's.")
+        Path | None,
+        typer.Option(help="Answer these instead: JSON lines with `prompt`, or Spec-Bench's."),
     ] = None,
     length: Annotated[int, typer.Option(min=1, help="Prompt tokens, about.")] = 4096,
     answers: Annotated[int, typer.Option(min=1, help="Prompts of each workload.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest answer, in tokens.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Requests answered at the same time.")] = 1,
     memory: Annotated[
-        bool, typer.Option("--memory", help="Second half of a stream of questions, the first half remembered.")
+        bool,
+        typer.Option(
+            "--memory", help="Second half of a stream of questions, the first half remembered."
+        ),
     ] = False,
-    prefill: Annotated[str, typer.Option(help="How our sides read: off, a preset, or a profile (.toml).")] = "off",
+    prefill: Annotated[
+        str, typer.Option(help="How our sides read: off, a preset, or a profile (.toml).")
+    ] = "off",
     dtype: options.Dtype = None,
     device: options.Device = None,
     seed: Annotated[int, typer.Option(min=0, help="Which questions are drawn.")] = 0,
@@ -50,10 +59,12 @@ def bench_decode(
     if text and prompts:
         raise ConfigError("give --text or --prompts, not both")
     if memory and (text or prompts or batch > 1):
-        raise ConfigError("--memory brings its own questions, one at a time; leave out --text, --prompts and --batch")
+        raise ConfigError(
+            "--memory brings its own questions, one at a time; leave out --text, --prompts and --batch"
+        )
     llm = options.Loading(model, dtype, device, prefill, decode="lookahead").load()
-    from lazyahead.bench.decode import measure_decode, measure_memory  # noqa: PLC0415
-    from lazyahead.bench.workloads import stream_of_questions  # noqa: PLC0415
+    from lazyahead.bench.decode import measure_decode, measure_memory
+    from lazyahead.bench.workloads import stream_of_questions
 
     count = max(answers, batch)
     with ExitStack() as stack:
@@ -65,7 +76,10 @@ def bench_decode(
             rows = [measure_memory(llm, stream, runs, str(path), progress=status.update)]
         else:
             works = _workloads(llm, workload, text, prompts, (length, count, max_new_tokens, seed))
-            rows = [measure_decode(llm, work, runs, batch=batch, progress=status.update) for work in works]
+            rows = [
+                measure_decode(llm, work, runs, batch=batch, progress=status.update)
+                for work in works
+            ]
     if json:
         asked = {"length": length, "answers": answers, "max_new_tokens": max_new_tokens}
         results = {"rows": [asdict(row) for row in rows]}
@@ -77,7 +91,7 @@ def bench_decode(
 def _workloads(
     llm: LLM, names: str, text: Path | None, prompts: Path | None, sizes: tuple[int, int, int, int]
 ) -> Iterator[Workload]:
-    from lazyahead.bench.workloads import file_workloads, text_workload, workload  # noqa: PLC0415
+    from lazyahead.bench.workloads import file_workloads, text_workload, workload
 
     length, count, max_new_tokens, seed = sizes
     if text is not None:
@@ -91,12 +105,20 @@ def _workloads(
 
 def _show(name: str, rows: Sequence[DecodeRow], runs: int) -> None:
     """The rows as a table."""
-    table = Table(title=f"{name}: tokens per second after the first, median of {runs}", title_justify="left")
+    table = Table(
+        title=f"{name}: tokens per second after the first, median of {runs}", title_justify="left"
+    )
     for header in ("workload", "transformers", "prompt lookup", "plain", "cold", "lookahead", "speed-up", "ideal",
                    "tokens per step", "drafting per token", "same text"):  # fmt: skip
         table.add_column(header, justify="left" if header == "workload" else "right")
     for row in rows:
-        speeds = (row.baseline_tok_s, row.prompt_lookup_tok_s, row.plain_tok_s, row.cold_tok_s, row.lookahead_tok_s)
+        speeds = (
+            row.baseline_tok_s,
+            row.prompt_lookup_tok_s,
+            row.plain_tok_s,
+            row.cold_tok_s,
+            row.lookahead_tok_s,
+        )
         what = row.workload if row.batch == 1 else f"{row.workload}, {row.batch} at once"
         table.add_row(
             what, *("–" if speed is None else f"{speed:,.0f}" for speed in speeds),

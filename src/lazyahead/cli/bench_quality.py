@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from lazyahead.cli import options
@@ -38,15 +45,24 @@ HEADERS = (
     "revived",
     "answer",
 )
-Categories = Annotated[str | None, typer.Option(help="Commas between. Left out: all six of LongBench.")]
+Categories = Annotated[
+    str | None, typer.Option(help="Commas between. Left out: all six of LongBench.")
+]
 Prefills = Annotated[
-    list[str] | None, typer.Option(help="A preset or a profile (.toml). Several times; left out: balanced and fast.")
+    list[str] | None,
+    typer.Option(help="A preset or a profile (.toml). Several times; left out: balanced and fast."),
 ]
 Samples = Annotated[int, typer.Option("--n", min=1, help="Samples of each category.")]
 Length = Annotated[int, typer.Option(min=256, help="Prompt tokens, about.")]
-Seed = Annotated[int, typer.Option(min=0, help="Which samples are drawn, and what is dropped at random.")]
-HeldOut = Annotated[bool, typer.Option("--heldout", help="Sentence forms that the built-in reader was never shown.")]
-DecodeOff = Annotated[str, typer.Option(help="How the lazy ways write: off or lookahead. All others: off.")]
+Seed = Annotated[
+    int, typer.Option(min=0, help="Which samples are drawn, and what is dropped at random.")
+]
+HeldOut = Annotated[
+    bool, typer.Option("--heldout", help="Sentence forms that the built-in reader was never shown.")
+]
+DecodeOff = Annotated[
+    str, typer.Option(help="How the lazy ways write: off or lookahead. All others: off.")
+]
 
 
 def bench_quality(
@@ -60,25 +76,33 @@ def bench_quality(
     decode: DecodeOff = "off",
     dtype: options.Dtype = None,
     device: options.Device = None,
-    runs: Annotated[int, typer.Option(min=1, help="Samples of each category that transformers reads too.")] = 3,
-    figures: Annotated[Path | None, typer.Option(help="Sweep too, and write two pictures into this folder.")] = None,
+    runs: Annotated[
+        int, typer.Option(min=1, help="Samples of each category that transformers reads too.")
+    ] = 3,
+    figures: Annotated[
+        Path | None, typer.Option(help="Sweep too, and write two pictures into this folder.")
+    ] = None,
     sweep: Annotated[
         str | None, typer.Option(help="Layers to cut at in the sweep, e.g. 2,4,6. Left out: five.")
     ] = None,
     sweep_samples: Annotated[
-        int | None, typer.Option("--sweep-n", min=1, help="Samples of each category in the sweep. Left out: 2.")
+        int | None,
+        typer.Option(
+            "--sweep-n", min=1, help="Samples of each category in the sweep. Left out: 2."
+        ),
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Scores and speed-ups of lazy reading, random drop and static pruning, the last two at equal cost."""
+    """Scores and speed-ups of lazy reading, random drop and static pruning, the last two at equal
+    cost."""
     layers = parse_layers(sweep, sweep_samples, figures)
     rules = parse_rules(prefill)
     ahead = options.parse_decode(decode)
     check_figures(figures)
     llm = options.Loading(model, dtype, device, prefill="off", decode="off").load()
-    from lazyahead.bench.methods import Cost, quality_methods, reference  # noqa: PLC0415
-    from lazyahead.bench.quality import draw, measure_quality  # noqa: PLC0415
-    from lazyahead.bench.sweep import cuts, measure_sweep  # noqa: PLC0415
+    from lazyahead.bench.methods import Cost, quality_methods, reference
+    from lazyahead.bench.quality import draw, measure_quality
+    from lazyahead.bench.sweep import cuts, measure_sweep
 
     work = draw(llm, parse_categories(categories), length, num_samples, seed, heldout=heldout)
     cost, rule = Cost.of(llm, length), rules[reference(list(rules))]
@@ -86,7 +110,10 @@ def bench_quality(
     cuts(rule, cost, layers)  # refuses layers that cannot cut, before any work
     with options.quiet_transformers(), bar("quality") as progress:
         rows, averages = measure_quality(llm, methods, work, runs, progress=progress)
-    results: dict[str, Any] = {"rows": [asdict(row) for row in rows], "averages": [asdict(row) for row in averages]}
+    results: dict[str, Any] = {
+        "rows": [asdict(row) for row in rows],
+        "averages": [asdict(row) for row in averages],
+    }
     if figures is not None:
         few = {name: drawn[: sweep_samples or 2] for name, drawn in work.items()}
         with options.quiet_transformers(), bar("sweep") as progress:
@@ -103,7 +130,7 @@ def bench_quality(
 
 def parse_categories(text: str | None) -> list[str]:
     """`few_shot,code` to names; all of them where nothing is said."""
-    from lazyahead.reader import CATEGORIES  # noqa: PLC0415
+    from lazyahead.reader import CATEGORIES
 
     return list(CATEGORIES) if text is None else [name.strip() for name in text.split(",")]
 
@@ -114,7 +141,9 @@ def parse_rules(given: Sequence[str] | None) -> dict[str, LazyPrefill]:
     for name in given or PRESETS:
         rule = options.parse_prefill(name)
         if rule is None or name in ("random_drop", "static_prune"):
-            raise ConfigError(f"--prefill {name} is measured anyway, beside each preset; name another")
+            raise ConfigError(
+                f"--prefill {name} is measured anyway, beside each preset; name another"
+            )
         rules[name] = rule
     return rules
 
@@ -123,7 +152,9 @@ def parse_layers(text: str | None, num_samples: int | None, figures: Path | None
     """`2,4,6` to layers. Raises ConfigError for options of a sweep that is not asked for."""
     for option, value in (("--sweep", text), ("--sweep-n", num_samples)):
         if value is not None and figures is None:
-            raise ConfigError(f"{option} {value} is for pictures; say where they go with --figures DIR")
+            raise ConfigError(
+                f"{option} {value} is for pictures; say where they go with --figures DIR"
+            )
     if text is None:
         return []
     try:
@@ -136,7 +167,7 @@ def check_figures(folder: Path | None) -> None:
     """Refuses a folder that is none, and a missing matplotlib, before any work is done for them."""
     if folder is None:
         return
-    from lazyahead.bench.figures import need_matplotlib  # noqa: PLC0415
+    from lazyahead.bench.figures import need_matplotlib
 
     need_matplotlib()
     try:
@@ -145,16 +176,21 @@ def check_figures(folder: Path | None) -> None:
         raise RequestError(f"--figures {folder} cannot be written: {error.strerror}") from None
 
 
-def write_figures(folder: Path, title: str, points: Sequence[SweepPoint], averages: Sequence[QualityRow]) -> None:
+def write_figures(
+    folder: Path, title: str, points: Sequence[SweepPoint], averages: Sequence[QualityRow]
+) -> None:
     """The pictures, and where they are, on stderr."""
-    from lazyahead.bench.figures import draw_figures  # noqa: PLC0415
+    from lazyahead.bench.figures import draw_figures
 
     for path in draw_figures(folder, title, points, averages):
         print(f"lazyahead: wrote {path}", file=sys.stderr)
 
 
-def describe(methods: Sequence[Method], ideal_speedup: Callable[[LazyPrefill | None], float]) -> dict[str, Any]:
-    """What `--json` records of the ways of reading, in the place of the one config of other commands."""
+def describe(
+    methods: Sequence[Method], ideal_speedup: Callable[[LazyPrefill | None], float]
+) -> dict[str, Any]:
+    """What `--json` records of the ways of reading, in the place of the one config of other
+    commands."""
     ways = [
         {
             "method": way.name,
@@ -173,7 +209,9 @@ def bar(what: str) -> Iterator[Callable[[str, float], None]]:
     """A progress bar with the time that is left; on stderr, on a terminal only."""
     columns = (TextColumn(what), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
                TextColumn("{task.description}"))  # fmt: skip
-    shown = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    shown = Progress(
+        *columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
+    )
     with shown:
         task = shown.add_task("loading", total=1.0)
         yield lambda now, done: shown.update(task, description=now, completed=done)
@@ -181,9 +219,7 @@ def bar(what: str) -> Iterator[Callable[[str, float], None]]:
 
 def show(name: str, length: int, rows: Sequence[QualityRow]) -> None:
     """Categories as groups, methods as lines."""
-    title = (
-        f"{name}, {length:,} tokens, {rows[0].num_samples} samples of each category; speed-ups over the full prefill"
-    )
+    title = f"{name}, {length:,} tokens, {rows[0].num_samples} samples of each category; speed-ups over the full prefill"
     tables().print(grouped(title, HEADERS, [line for row in rows for line in _lines(row)]))
 
 
@@ -203,7 +239,9 @@ def grouped(title: str, headers: Sequence[str], lines: Sequence[Sequence[str]]) 
     """A table of lines that begin with their category, which stands above them once."""
     table = Table(title=title, title_justify="left")
     for header in headers:
-        table.add_column(header, justify="left" if header == "method" else "right", no_wrap=header == "method")
+        table.add_column(
+            header, justify="left" if header == "method" else "right", no_wrap=header == "method"
+        )
     for category, group in groupby(lines, key=lambda line: line[0]):
         table.add_row(category.replace("_", " "), style="bold")
         for _, method, *values in group:

@@ -39,7 +39,12 @@ def chat(
     """Talks line by line. Ctrl-C stops an answer, Ctrl-D ends the chat."""
     document = read_text(file) if file else ""
     sampling = options.make_sampling(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
     )
     llm = options.Loading(model, dtype, device, prefill, decode, memory, namespace).load()
     if sys.stdin.isatty():
@@ -56,7 +61,8 @@ class Conversation:
         self.turns: list[dict[str, str]] = []
 
     def run(self, questions: Iterator[str]) -> None:
-        """Answers one question after the other. A question that cannot be answered is told, and costs nothing."""
+        """Answers one question after the other. A question that cannot be answered is told, and
+        costs nothing."""
         for question in questions:
             try:
                 self.turn(question)
@@ -71,7 +77,10 @@ class Conversation:
             self.session = self.llm.session()
             note("stopped while reading; the next question reads from the start")
             return
-        note(describe(completion.stats) + (" · stopped" if completion.finish_reason == "cancelled" else ""))
+        note(
+            describe(completion.stats)
+            + (" · stopped" if completion.finish_reason == "cancelled" else "")
+        )
         self.turns += [self._said(question), {"role": "assistant", "content": completion.text}]
 
     def _ask(self, question: str) -> Ask:
@@ -83,7 +92,10 @@ class Conversation:
     def _said(self, question: str) -> dict[str, str]:
         """The user's message; the first one carries the document."""
         document = self.document if not self.turns else ""
-        return {"role": "user", "content": "\n\n".join(part for part in (document, question) if part)}
+        return {
+            "role": "user",
+            "content": "\n\n".join(part for part in (document, question) if part),
+        }
 
 
 def lines() -> Iterator[str]:

@@ -55,10 +55,12 @@ class Comparison(NamedTuple):
         }
 
 
-def measure(llm: LLM, document: str, question: str | None, sampling: Sampling, runs: int) -> Comparison:
+def measure(
+    llm: LLM, document: str, question: str | None, sampling: Sampling, runs: int
+) -> Comparison:
     """An untimed round of both first, then `runs` timed rounds, one side after the other in each."""
-    from lazyahead.bench.baseline import BaselineRun, run_baseline  # noqa: PLC0415
-    from lazyahead.results import Completion  # noqa: PLC0415
+    from lazyahead.bench.baseline import BaselineRun, run_baseline
+    from lazyahead.results import Completion
 
     token_ids = llm.encode(document, question).token_ids
     ours, theirs = list[Completion](), list[BaselineRun]()
@@ -69,8 +71,16 @@ def measure(llm: LLM, document: str, question: str | None, sampling: Sampling, r
     stats = [completion.stats for completion in ours]
     return Comparison(
         ours[-1],
-        Timing(median(s.ttft_s for s in stats), median(s.decode_s for s in stats), stats[-1].answer_tokens),
-        Timing(median(r.ttft_s for r in theirs), median(r.decode_s for r in theirs), len(theirs[-1].token_ids)),
+        Timing(
+            median(s.ttft_s for s in stats),
+            median(s.decode_s for s in stats),
+            stats[-1].answer_tokens,
+        ),
+        Timing(
+            median(r.ttft_s for r in theirs),
+            median(r.decode_s for r in theirs),
+            len(theirs[-1].token_ids),
+        ),
         _text(llm, theirs[-1], sampling),
     )
 
@@ -79,20 +89,24 @@ def compare_and_show(
     llm: LLM, document: str, question: str | None, sampling: Sampling, runs: int, *, quiet: bool
 ) -> tuple[Completion, dict[str, Any]]:
     """Measures, prints the table unless `quiet`, and gives the fields that `--json` adds."""
-    from lazyahead.cli.options import quiet_transformers, waiting  # noqa: PLC0415
+    from lazyahead.cli.options import quiet_transformers, waiting
 
     with quiet_transformers(), waiting(f"running both sides {runs} + 1 times"):
         result = measure(llm, document, question, sampling, runs)
     if not quiet:
         _show(llm, result, runs, sampled=sampling.temperature > 0)
-    baseline = {"text": result.baseline_text, "ttft_s": result.baseline.ttft_s, "decode_s": result.baseline.decode_s}
+    baseline = {
+        "text": result.baseline_text,
+        "ttft_s": result.baseline.ttft_s,
+        "decode_s": result.baseline.decode_s,
+    }
     fields = {"ttft_s": result.ours.ttft_s, "decode_s": result.ours.decode_s, "baseline": baseline}
     return result.completion, {**fields, "speedup": result.speedup(), "same_text": result.same_text}
 
 
 def _text(llm: LLM, run: BaselineRun, sampling: Sampling) -> str:
     """The baseline's text as ours is written: without special tokens, ended before a stop string."""
-    from lazyahead.text import Detokenizer, StopStrings  # noqa: PLC0415
+    from lazyahead.text import Detokenizer, StopStrings
 
     detokenizer, watch = Detokenizer(llm.tokenizer), StopStrings(sampling.stop)
     shown = [watch.add(detokenizer.add(token)) for token in run.token_ids]
@@ -100,17 +114,24 @@ def _text(llm: LLM, run: BaselineRun, sampling: Sampling) -> str:
 
 
 def _show(llm: LLM, result: Comparison, runs: int, *, sampled: bool) -> None:
-    from lazyahead.session import shared_prefix  # noqa: PLC0415
+    from lazyahead.cache.session import shared_prefix
 
     console = tables()
     ours, baseline, stats = result.ours, result.baseline, result.completion.stats
     speedup = {name: f"{value:.2f}x" if value else "–" for name, value in result.speedup().items()}
-    table = Table(title=f"{llm.name}, {stats.prompt_tokens:,} prompt tokens, median of {runs}", title_justify="left")
+    table = Table(
+        title=f"{llm.name}, {stats.prompt_tokens:,} prompt tokens, median of {runs}",
+        title_justify="left",
+    )
     for header in ("", "lazyahead", "transformers", "speed-up"):
         table.add_column(header, justify="left" if not header else "right")
     table.add_row("first token", seconds(ours.ttft_s), seconds(baseline.ttft_s), speedup["ttft"])
-    table.add_row("each token after", seconds(ours.step_s), seconds(baseline.step_s), speedup["decode"])
-    table.add_row("whole answer", seconds(ours.total_s), seconds(baseline.total_s), speedup["total"])
+    table.add_row(
+        "each token after", seconds(ours.step_s), seconds(baseline.step_s), speedup["decode"]
+    )
+    table.add_row(
+        "whole answer", seconds(ours.total_s), seconds(baseline.total_s), speedup["total"]
+    )
     table.add_row("answer tokens", str(ours.num_tokens), str(baseline.num_tokens), "")
     table.add_row("prompt tokens computed", f"{stats.prompt_tokens_computed:.0%}", "100%", "")
     console.print(table)
@@ -118,9 +139,14 @@ def _show(llm: LLM, result: Comparison, runs: int, *, sampled: bool) -> None:
         console.print("Both wrote the same text:", style="green")
         console.print(result.completion.text, markup=False)
         return
-    part = shared_prefix(*(list(map(ord, text)) for text in (result.completion.text, result.baseline_text)))
+    part = shared_prefix(
+        *(list(map(ord, text)) for text in (result.completion.text, result.baseline_text))
+    )
     why = "drawn with different noise" if sampled else "what was deferred can change an answer"
     console.print(f"The texts part at character {part} ({why}).", style="yellow")
-    for name, text in (("lazyahead", result.completion.text), ("transformers", result.baseline_text)):
+    for name, text in (
+        ("lazyahead", result.completion.text),
+        ("transformers", result.baseline_text),
+    ):
         console.print(f"{name}:", style="bold")
         console.print(text, markup=False)

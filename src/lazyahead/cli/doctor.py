@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 
 
 def doctor(
-    model: options.Model = None, dtype: options.Dtype = None, device: options.Device = None, json: options.Json = False
+    model: options.Model = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    json: options.Json = False,
 ) -> None:
     """Says what is supported for a model: full, decode-only or none, and why."""
-    import torch  # noqa: PLC0415
+    import torch
 
-    from lazyahead.hf.load import load, max_context  # noqa: PLC0415
-    from lazyahead.hf.probe import Support, probe  # noqa: PLC0415
-    from lazyahead.reader import reader_path  # noqa: PLC0415
+    from lazyahead.hf.load import load, max_context
+    from lazyahead.hf.probe import Support, probe
+    from lazyahead.reader import reader_path
 
     where, more = (torch.device("cpu"), torch.get_default_dtype()), dict[str, Any]()
     with options.waiting("loading"), options.quiet_transformers():

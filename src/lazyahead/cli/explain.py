@@ -1,4 +1,5 @@
-"""A page that shows how deeply each prompt token was read and how the answer came. No scripts, nothing fetched."""
+"""A page that shows how deeply each prompt token was read and how the answer came. No scripts,
+nothing fetched."""
 
 from __future__ import annotations
 
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
     from lazyahead.results import Completion, Reach, Stats
 
 BLOCK_CHARACTERS = 4000
-"""The prompt's text is cut at line ends into blocks of about this size; a browser draws only those in view."""
+"""The prompt's text is cut at line ends into blocks of about this size; a browser draws only those
+in view."""
 
 
-class Kind(NamedTuple):
+class AcceptanceBucket(NamedTuple):
     """What tokens that look alike on the page have in common."""
 
     depth: int
@@ -35,7 +37,9 @@ class Kind(NamedTuple):
     def words(self, num_layers: int) -> str:
         """For the legend and the tooltip."""
         if self.depth >= num_layers:
-            return "read through all layers" + (", deferred before and revived" if self.revived else "")
+            return "read through all layers" + (
+                ", deferred before and revived" if self.revived else ""
+            )
         revived = "revived, then " if self.revived else ""
         return f"{revived}read through {self.depth} of {num_layers} layers, deferred since"
 
@@ -43,7 +47,7 @@ class Kind(NamedTuple):
 class Run(NamedTuple):
     """Neighbouring tokens of one kind."""
 
-    kind: Kind
+    kind: AcceptanceBucket
     text: str
 
 
@@ -51,19 +55,33 @@ def explain_page(
     reach: Reach, tokenizer: Any, completion: Completion, *, model: str, prefill: LazyPrefill | None
 ) -> str:
     """The page. All text is escaped."""
-    kinds = [Kind(depth, depth > before) for depth, before in zip(reach.depth, reach.prefill_depth, strict=True)]
+    kinds = [
+        AcceptanceBucket(depth, depth > before)
+        for depth, before in zip(reach.depth, reach.prefill_depth, strict=True)
+    ]
     counts = Counter(kinds)
     template = files("lazyahead.cli").joinpath("explain.html").read_text(encoding="utf-8")
     depths = "\n".join(_rule(kind, reach.num_layers) for kind in sorted(counts))
     layers = [sum(depth > layer for depth in reach.depth) for layer in range(reach.num_layers)]
     parts = {
         "about": escape(f"{model} · {prefill if prefill is not None else 'nothing deferred'}"),
-        "tiles": "".join(f"<li><span>{escape(k)}</span><b>{escape(v)}</b></li>" for k, v in _tiles(completion.stats)),
-        "legend": "".join(_legend_row(kind, counts[kind], len(kinds), reach.num_layers) for kind in _order(counts)),
-        "layers": "".join(f'<i style="height:{100 * n / max(1, len(kinds)):.1f}%" title="{n:,}"></i>' for n in layers),
+        "tiles": "".join(
+            f"<li><span>{escape(k)}</span><b>{escape(v)}</b></li>"
+            for k, v in _tiles(completion.stats)
+        ),
+        "legend": "".join(
+            _legend_row(kind, counts[kind], len(kinds), reach.num_layers) for kind in _order(counts)
+        ),
+        "layers": "".join(
+            f'<i style="height:{100 * n / max(1, len(kinds)):.1f}%" title="{n:,}"></i>'
+            for n in layers
+        ),
         "layers_label": ", ".join(map(str, layers)),
         "last_layer": str(reach.num_layers - 1),
-        "origins": "".join(_origin_row(*row, len(completion.token_ids)) for row in origin.counts(completion).items()),
+        "origins": "".join(
+            _origin_row(*row, len(completion.token_ids))
+            for row in origin.counts(completion).items()
+        ),
         "answer": "".join(map(_origin_span, origin.parts(tokenizer, completion))),
         "prompt": "".join(_blocks(runs(kinds, token_texts(tokenizer, reach.token_ids)))),
     }
@@ -78,13 +96,15 @@ def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
     texts = []
     for token_id in token_ids:
         text = detokenizer.add(token_id)
-        texts.append(text + (str(tokenizer.convert_ids_to_tokens(token_id)) if token_id in special else ""))
+        texts.append(
+            text + (str(tokenizer.convert_ids_to_tokens(token_id)) if token_id in special else "")
+        )
     if texts:
         texts[-1] += detokenizer.flush()
     return texts
 
 
-def runs(kinds: Sequence[Kind], texts: Sequence[str]) -> Iterator[Run]:
+def runs(kinds: Sequence[AcceptanceBucket], texts: Sequence[str]) -> Iterator[Run]:
     """Neighbours of one kind become one run: thousands of tokens, hundreds of elements."""
     for kind, group in groupby(zip(kinds, texts, strict=True), key=lambda pair: pair[0]):
         yield Run(kind, "".join(text for _, text in group))
@@ -96,7 +116,8 @@ def _blocks(all_runs: Iterator[Run]) -> Iterator[str]:
     for run in all_runs:
         text = run.text
         while (
-            length + len(text) > BLOCK_CHARACTERS and (end := text.find("\n", max(0, BLOCK_CHARACTERS - length))) >= 0
+            length + len(text) > BLOCK_CHARACTERS
+            and (end := text.find("\n", max(0, BLOCK_CHARACTERS - length))) >= 0
         ):
             block.append(_span(run.kind, text[:end]))
             yield f"<div>{''.join(block)}\n</div>"
@@ -106,11 +127,11 @@ def _blocks(all_runs: Iterator[Run]) -> Iterator[str]:
     yield f"<div>{''.join(block)}</div>"
 
 
-def _span(kind: Kind, text: str) -> str:
+def _span(kind: AcceptanceBucket, text: str) -> str:
     return f'<span class="{kind.css}">{escape(text, quote=False)}</span>' if text else ""
 
 
-def _rule(kind: Kind, num_layers: int) -> str:
+def _rule(kind: AcceptanceBucket, num_layers: int) -> str:
     """Deeper is stronger: colour behind the text, and dim ink for what was hardly read."""
     share = kind.depth / max(1, num_layers)
     selector = "." + kind.css.replace(" ", ".")
@@ -121,12 +142,12 @@ def _rule(kind: Kind, num_layers: int) -> str:
     )
 
 
-def _order(counts: Counter[Kind]) -> list[Kind]:
+def _order(counts: Counter[AcceptanceBucket]) -> list[AcceptanceBucket]:
     """Deepest first."""
     return sorted(counts, key=lambda kind: (-kind.depth, kind.revived))
 
 
-def _legend_row(kind: Kind, count: int, total: int, num_layers: int) -> str:
+def _legend_row(kind: AcceptanceBucket, count: int, total: int, num_layers: int) -> str:
     words = escape(kind.words(num_layers))
     share = f'<td class="n">{count:,}</td><td class="n">{count / total:.1%}</td>'
     return f'<tr><td><span class="{kind.css}">text</span></td>{share}<td>{words}</td></tr>'

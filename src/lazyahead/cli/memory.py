@@ -31,44 +31,64 @@ def group() -> None:
 @app.command("list")
 def list_memory(file: File, namespace: Namespace = None, json: options.Json = False) -> None:
     """Says how much is remembered, by namespace."""
-    from lazyahead.draft.answers import AnswerLog  # noqa: PLC0415
+    from lazyahead.draft.answers import AnswerLog
 
     with AnswerLog(file) as log:
         rows = _by_namespace(log, namespace)
         if json:
-            _print(log, {"namespace": namespace}, {"namespaces": rows, "file_bytes": file.stat().st_size})
+            _print(
+                log,
+                {"namespace": namespace},
+                {"namespaces": rows, "file_bytes": file.stat().st_size},
+            )
             return
     table = Table(title=str(file), title_justify="left")
     for header in ("namespace", "answers", "tokens", "oldest", "newest"):
         table.add_column(header, justify="right" if header in ("answers", "tokens") else "left")
     for row in rows:
-        table.add_row(row["namespace"], f"{row['answers']:,}", f"{row['tokens']:,}", row["oldest"], row["newest"])
+        table.add_row(
+            row["namespace"],
+            f"{row['answers']:,}",
+            f"{row['tokens']:,}",
+            row["oldest"],
+            row["newest"],
+        )
     tables().print(table)
 
 
 @app.command("import")
 def import_memory(
     sources: Annotated[
-        list[Path], typer.Argument(help="Texts, JSON lines (text, prompt and answer, or tokens), or folders of those.")
+        list[Path],
+        typer.Argument(
+            help="Texts, JSON lines (text, prompt and answer, or tokens), or folders of those."
+        ),
     ],
     file: File,
     namespace: Annotated[str, typer.Option(help="Who shall remember them.")] = "default",
     model: options.Model = None,
-    capacity_bytes: Annotated[int | None, typer.Option(help="Most memory of a namespace; the oldest leave.")] = None,
+    capacity_bytes: Annotated[
+        int | None, typer.Option(help="Most memory of a namespace; the oldest leave.")
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Remembers documents and earlier answers, so that drafts are found in them."""
-    from lazyahead.config import Lookahead  # noqa: PLC0415
-    from lazyahead.draft.build import open_log  # noqa: PLC0415
-    from lazyahead.draft.sources import find_sources, read_sequences  # noqa: PLC0415
-    from lazyahead.hf.fingerprint import owner_of  # noqa: PLC0415
+    from lazyahead.config import Lookahead
+    from lazyahead.draft.factory import open_log
+    from lazyahead.draft.sources import find_sources, read_sequences
+    from lazyahead.hf.fingerprint import owner_of
 
     found = find_sources(sources)
-    limits = Lookahead(memory=str(file), namespace=namespace, **_given(capacity_bytes=capacity_bytes))
+    limits = Lookahead(
+        memory=str(file), namespace=namespace, **_given(capacity_bytes=capacity_bytes)
+    )
     llm = options.Loading(model, prefill="off").load()
     vocabulary = llm.model.get_input_embeddings().weight.shape[0]
     num_sequences = num_tokens = 0
-    with open_log(str(file), owner_of(llm.model, llm.tokenizer), limits.capacity_bytes) as log, _bar() as bar:
+    with (
+        open_log(str(file), owner_of(llm.model, llm.tokenizer), limits.capacity_bytes) as log,
+        _bar() as bar,
+    ):
         for path in bar.track(found, description="remembering"):
             try:
                 for tokens in read_sequences(path, llm.tokenizer, vocabulary):
@@ -81,16 +101,22 @@ def import_memory(
                 note(f"left out: {error}")  # found in a folder
     results = {"files": len(found), "sequences": num_sequences, "tokens": num_tokens}
     if json:
-        config = {"file": str(file), "namespace": namespace, "capacity_bytes": limits.capacity_bytes}
+        config = {
+            "file": str(file),
+            "namespace": namespace,
+            "capacity_bytes": limits.capacity_bytes,
+        }
         print_json(record(llm, seed=None, runs=1, results=results, **config))
     else:
-        print(f"{num_sequences:,} texts of {num_tokens:,} tokens from {len(found):,} files remembered in {file}")
+        print(
+            f"{num_sequences:,} texts of {num_tokens:,} tokens from {len(found):,} files remembered in {file}"
+        )
 
 
 @app.command("clear")
 def clear_memory(file: File, namespace: Namespace = None, json: options.Json = False) -> None:
     """Forgets the answers of a namespace, or all, on the disk too."""
-    from lazyahead.draft.answers import AnswerLog  # noqa: PLC0415
+    from lazyahead.draft.answers import AnswerLog
 
     with AnswerLog(file) as log:
         if namespace is not None and namespace not in log.usage():
@@ -124,17 +150,26 @@ def _when(seconds: float) -> str:
 
 def _print(log: AnswerLog, config: dict[str, Any], results: dict[str, Any]) -> None:
     """The JSON of a command that needs no model: the file knows whose it is."""
-    import torch  # noqa: PLC0415
+    import torch
 
     where, owner = (torch.device("cpu"), torch.get_default_dtype()), log.owner
     values = {**results, "tokenizer": owner.tokenizer}
-    print_json(envelope(owner.model or "unknown", where, {"file": str(log.path), **config}, None, 1, values))
+    print_json(
+        envelope(
+            owner.model or "unknown", where, {"file": str(log.path), **config}, None, 1, values
+        )
+    )
 
 
 def _bar() -> Progress:
     """Files done; on stderr, on a terminal only."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 

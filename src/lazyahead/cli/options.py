@@ -1,4 +1,5 @@
-"""Options that commands share, and what they mean. Left out, an option takes the library's own default."""
+"""Options that commands share, and what they mean. Left out, an option takes the library's own
+default."""
 
 from __future__ import annotations
 
@@ -23,20 +24,38 @@ if TYPE_CHECKING:
 BUILT_IN = "built-in reader"
 
 Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="Folder or hub name of a model. Left out: the built-in reader.")
+    str | None,
+    typer.Option(
+        "--model", "-m", help="Folder or hub name of a model. Left out: the built-in reader."
+    ),
 ]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
-Prefill = Annotated[str | None, typer.Option(help="off, a preset, or a profile (.toml). Left out: balanced.")]
+Prefill = Annotated[
+    str | None, typer.Option(help="off, a preset, or a profile (.toml). Left out: balanced.")
+]
 Decode = Annotated[str | None, typer.Option(help="off or lookahead.")]
-Memory = Annotated[Path | None, typer.Option(help="File that remembers answers to draft from later ones.")]
-Namespace = Annotated[str | None, typer.Option(help="Whose answers: a namespace never sees another's.")]
+Memory = Annotated[
+    Path | None, typer.Option(help="File that remembers answers to draft from later ones.")
+]
+Namespace = Annotated[
+    str | None, typer.Option(help="Whose answers: a namespace never sees another's.")
+]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.")]
-Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest token; above 0 draws.")]
+Temperature = Annotated[
+    float | None, typer.Option(help="0 takes the likeliest token; above 0 draws.")
+]
 TopK = Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens.")]
-TopP = Annotated[float | None, typer.Option(help="Draw among the likeliest tokens of this joint probability.")]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same text. Left out: drawn, and reported.")]
-Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text. May be given several times.")]
+TopP = Annotated[
+    float | None, typer.Option(help="Draw among the likeliest tokens of this joint probability.")
+]
+Seed = Annotated[
+    int | None, typer.Option(help="Same seed, same text. Left out: drawn, and reported.")
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(help="End the answer before this text. May be given several times."),
+]
 File = Annotated[Path | None, typer.Option("--file", "-f", help="Document to read.")]
 Runs = Annotated[int, typer.Option(min=1, help="Timed runs of each side; the median counts.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
@@ -65,7 +84,7 @@ class Loading:
         if self.model is None:
             print("lazyahead: no --model given, using the built-in reader", file=sys.stderr)
         with waiting("loading"), quiet_transformers():
-            from lazyahead.llm import LLM  # noqa: PLC0415  (torch takes seconds to import: not for --help)
+            from lazyahead.llm import LLM
 
             llm = LLM(**given)
         if self.model is None:
@@ -75,7 +94,7 @@ class Loading:
 
 def parse_prefill(text: str) -> LazyPrefill | None:
     """`off`, a preset's name, or a profile's path."""
-    from lazyahead.config import LazyPrefill  # noqa: PLC0415
+    from lazyahead.config import LazyPrefill
 
     if text == "off":
         return None
@@ -84,9 +103,11 @@ def parse_prefill(text: str) -> LazyPrefill | None:
     return LazyPrefill.preset(text)
 
 
-def parse_decode(text: str | None, memory: Path | None = None, namespace: str | None = None) -> Lookahead | None:
+def parse_decode(
+    text: str | None, memory: Path | None = None, namespace: str | None = None
+) -> Lookahead | None:
     """`off` or `lookahead`; a memory of answers means the latter."""
-    from lazyahead.config import Lookahead  # noqa: PLC0415
+    from lazyahead.config import Lookahead
 
     if text not in (None, "off", "lookahead"):
         raise ConfigError(f"--decode is off or lookahead, got {text!r}")
@@ -94,7 +115,9 @@ def parse_decode(text: str | None, memory: Path | None = None, namespace: str | 
         raise ConfigError(f"--namespace {namespace!r} is of a memory; name its file with --memory")
     if text == "off":
         if memory is not None:
-            raise ConfigError(f"--memory {str(memory)!r} is for --decode lookahead; leave one of them out")
+            raise ConfigError(
+                f"--memory {str(memory)!r} is for --decode lookahead; leave one of them out"
+            )
         return None
     given: dict[str, Any] = {"memory": memory and str(memory), "namespace": namespace}
     return Lookahead(**{name: value for name, value in given.items() if value is not None})
@@ -102,7 +125,7 @@ def parse_decode(text: str | None, memory: Path | None = None, namespace: str | 
 
 def make_sampling(**given: Any) -> Sampling:
     """Sampling from the options that were given. A seed is drawn here, so that it can be reported."""
-    from lazyahead.sampling import Sampling  # noqa: PLC0415
+    from lazyahead.sampling import Sampling
 
     given = {name: value for name, value in given.items() if value is not None}
     if "stop" in given:
@@ -114,8 +137,8 @@ def make_sampling(**given: Any) -> Sampling:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No warnings or bars of transformers and its hub among ours."""
-    from huggingface_hub.utils import logging as hub_logging  # noqa: PLC0415
-    from transformers.utils import logging  # noqa: PLC0415
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
 
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     hub_before = hub_logging.get_verbosity()
@@ -134,7 +157,7 @@ def quiet_transformers() -> Iterator[None]:
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """A spinner on stderr, on a terminal only."""
-    from rich.console import Console  # noqa: PLC0415
+    from rich.console import Console
 
     with Console(stderr=True).status(what) if sys.stderr.isatty() else _nothing():
         yield

@@ -1,4 +1,5 @@
-"""How each part of an answer came: drafted (from the prompt, the answer so far, the memory) or the model's own."""
+"""How each part of an answer came: drafted (from the prompt, the answer so far, the memory) or the
+model's own."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ class Part(NamedTuple):
 
 
 class Painter:
-    """Gives text that comes in pieces back in parts by origin. A character belongs to the token that completes it."""
+    """Gives text that comes in pieces back in parts by origin. A character belongs to the token
+    that completes it."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._detokenizer = Detokenizer(tokenizer)
@@ -56,8 +58,11 @@ class Painter:
         """Text of tokens that no piece has shown yet: it may be the start of a stop string."""
         self._last = OWN
 
-    def add(self, text: str, token_ids: Sequence[int], sources: Sequence[Source | None]) -> Iterator[Part]:
-        """The parts of `text`, which joined are `text`. `sources` may be empty: all the model's own."""
+    def add(
+        self, text: str, token_ids: Sequence[int], sources: Sequence[Source | None]
+    ) -> Iterator[Part]:
+        """The parts of `text`, which joined are `text`. `sources` may be empty: all the model's
+        own."""
         for token_id, source in zip(token_ids, sources or [None] * len(token_ids), strict=True):
             self._ready.append((ORIGINS[source], self._detokenizer.add(token_id)))
         while text and self._ready:
@@ -72,19 +77,29 @@ class Painter:
 
 
 def parts(tokenizer: Any, completion: Completion) -> list[Part]:
-    """An answer's text, neighbours of one origin joined. Tokens that complete no character are in none of them."""
+    """An answer's text, neighbours of one origin joined. Tokens that complete no character are in
+    none of them."""
     painted = Painter(tokenizer).add(completion.text, completion.token_ids, completion.sources)
     joined = []
-    for origin, group in groupby((part for part in painted if part.text), key=lambda part: part.origin):
+    for origin, group in groupby(
+        (part for part in painted if part.text), key=lambda part: part.origin
+    ):
         _, texts, nums = zip(*group, strict=True)
         joined.append(Part(origin, "".join(texts), sum(nums)))
     return joined
 
 
 def counts(completion: Completion) -> dict[Origin, int]:
-    """Tokens of each origin, the end-of-text token included: those of the memory only where there are some."""
-    counted = Counter(ORIGINS[source] for source in completion.sources or [None] * len(completion.token_ids))
-    return {origin: counted[origin] for origin in ORIGINS.values() if counted[origin] or origin.name != "memory"}
+    """Tokens of each origin, the end-of-text token included: those of the memory only where there
+    are some."""
+    counted = Counter(
+        ORIGINS[source] for source in completion.sources or [None] * len(completion.token_ids)
+    )
+    return {
+        origin: counted[origin]
+        for origin in ORIGINS.values()
+        if counted[origin] or origin.name != "memory"
+    }
 
 
 def legend(completion: Completion) -> Text:
@@ -118,5 +133,7 @@ class ColourPrinter:
 
     def __call__(self, piece: Piece) -> None:
         for part in self._painter.add(piece.text, piece.token_ids, piece.sources):
-            segment = Segment(part.text, Style.parse(part.origin.style))  # as it is: `Text` would expand tabs
+            segment = Segment(
+                part.text, Style.parse(part.origin.style)
+            )  # as it is: `Text` would expand tabs
             self._console.print(Segments([segment]), end="", soft_wrap=True)

@@ -29,12 +29,16 @@ BAR_AFTER_S = 0.5
 TABLE_WIDTH = 120
 
 
-def record(llm: LLM, *, seed: int | None, runs: int, results: dict[str, Any], **config: Any) -> dict[str, Any]:
+def record(
+    llm: LLM, *, seed: int | None, runs: int, results: dict[str, Any], **config: Any
+) -> dict[str, Any]:
     """What `--json` prints: the results, and all that is needed to get them again."""
     prefill = llm.prefill.to_dict() if llm.prefill else None
     decode = llm.decode.to_dict() if llm.decode else None
     where = (llm.model.device, llm.model.dtype)
-    return envelope(llm.name, where, {"prefill": prefill, "decode": decode, **config}, seed, runs, results)
+    return envelope(
+        llm.name, where, {"prefill": prefill, "decode": decode, **config}, seed, runs, results
+    )
 
 
 def envelope(
@@ -46,9 +50,14 @@ def envelope(
     results: dict[str, Any],
 ) -> dict[str, Any]:
     """The fields that every command's JSON has, then its own."""
-    from lazyahead.bench.machine import machine  # noqa: PLC0415
+    from lazyahead.bench.machine import machine
 
-    common = {"lazyahead": version("lazyahead"), "machine": machine(*where), "model": model, "config": config}
+    common = {
+        "lazyahead": version("lazyahead"),
+        "machine": machine(*where),
+        "model": model,
+        "config": config,
+    }
     return {**common, "seed": seed, "runs": runs, **results}
 
 
@@ -83,7 +92,8 @@ def tables() -> Console:
 
 
 class ReadingBar:
-    """How much of a long prompt has been read; on stderr, on a terminal only, gone before the answer starts."""
+    """How much of a long prompt has been read; on stderr, on a terminal only, gone before the
+    answer starts."""
 
     def __init__(self, enabled: bool | None = None) -> None:
         self._enabled = sys.stderr.isatty() if enabled is None else enabled
@@ -97,7 +107,12 @@ class ReadingBar:
         if self._progress is None:
             if time.perf_counter() - self._started < BAR_AFTER_S:
                 return
-            columns = (TextColumn("reading"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+            columns = (
+                TextColumn("reading"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeElapsedColumn(),
+            )
             self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
             self._progress.add_task("reading", total=1.0)
             self._progress.start()
@@ -112,7 +127,8 @@ class ReadingBar:
 
 
 class Interrupt:
-    """Ctrl-C between two steps rather than inside one: a session stays whole. While it cannot wait, it raises."""
+    """Ctrl-C between two steps rather than inside one: a session stays whole. While it cannot wait,
+    it raises."""
 
     def __init__(self) -> None:
         self.came = False

@@ -1,4 +1,5 @@
-"""`lazyahead tune`: the strongest pruning that leaves a model's answers to one's own prompts as they are."""
+"""`lazyahead tune`: the strongest pruning that leaves a model's answers to one's own prompts as
+they are."""
 
 from __future__ import annotations
 
@@ -37,17 +38,30 @@ def tune(
             "one prompt a line. Left out: questions of the reader's world, for the built-in reader."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Profile to write (.toml), for --prefill.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Profile to write (.toml), for --prefill.")
+    ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help=f"How many of its own questions of each category. Left out: {SAMPLES}.")
+        int | None,
+        typer.Option(
+            min=1, help=f"How many of its own questions of each category. Left out: {SAMPLES}."
+        ),
     ] = None,
     length: Annotated[
-        int | None, typer.Option(min=256, help=f"Their length, in tokens of the reader. Left out: {LENGTH}.")
+        int | None,
+        typer.Option(min=256, help=f"Their length, in tokens of the reader. Left out: {LENGTH}."),
     ] = None,
-    agree: Annotated[float, typer.Option(help="Least fraction of answers that must stay the same, above 0.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Compare answers up to this many tokens.")] = 64,
+    agree: Annotated[
+        float, typer.Option(help="Least fraction of answers that must stay the same, above 0.")
+    ] = 1.0,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Compare answers up to this many tokens.")
+    ] = 64,
     min_tokens: Annotated[
-        int | None, typer.Option(min=1, help="The profile's: shorter prompts are read whole. Left out: the library's.")
+        int | None,
+        typer.Option(
+            min=1, help="The profile's: shorter prompts are read whole. Left out: the library's."
+        ),
     ] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -55,13 +69,18 @@ def tune(
     runs: options.Runs = 3,
     json: options.Json = False,
 ) -> None:
-    """Finds how much of a prompt can be deferred before answers change, and writes a profile for --prefill."""
+    """Finds how much of a prompt can be deferred before answers change, and writes a profile for
+    --prefill."""
     _check(model, prompts, out, samples, length)
-    tasks = read_tasks(prompts) if prompts is not None else own_tasks(samples or SAMPLES, length or LENGTH, seed)
+    tasks = (
+        read_tasks(prompts)
+        if prompts is not None
+        else own_tasks(samples or SAMPLES, length or LENGTH, seed)
+    )
     llm = options.Loading(model, dtype, device).load()
-    from lazyahead.config import LazyPrefill  # noqa: PLC0415
-    from lazyahead.tune.answers import reading_by  # noqa: PLC0415
-    from lazyahead.tune.tuner import tune as search  # noqa: PLC0415
+    from lazyahead.config import LazyPrefill
+    from lazyahead.tune.answers import reading_by
+    from lazyahead.tune.tuner import tune as search
 
     base = LazyPrefill() if min_tokens is None else replace(LazyPrefill(), min_tokens=min_tokens)
     with options.quiet_transformers(), _bar() as tell:
@@ -75,32 +94,55 @@ def tune(
         rule = tuned.found.prefill if tuned.found else None
         written = str(out) if out is not None and rule is not None else None
         settings = {"agree": agree, "max_new_tokens": max_new_tokens}
-        print_json(record(reading_by(llm, rule), seed=seed, runs=runs, results=fields(tuned, written), **settings))
+        print_json(
+            record(
+                reading_by(llm, rule),
+                seed=seed,
+                runs=runs,
+                results=fields(tuned, written),
+                **settings,
+            )
+        )
     else:
         _show(tuned, out, agree)
 
 
-def _check(model: str | None, prompts: Path | None, out: Path | None, samples: int | None, length: int | None) -> None:
+def _check(
+    model: str | None,
+    prompts: Path | None,
+    out: Path | None,
+    samples: int | None,
+    length: int | None,
+) -> None:
     """Before any work."""
     check_folders(out)
     if out is not None and out.suffix != ".toml":
-        raise RequestError(f"--out {out} must end with .toml, so that --prefill can tell a profile from a preset")
+        raise RequestError(
+            f"--out {out} must end with .toml, so that --prefill can tell a profile from a preset"
+        )
     if prompts is None and model is not None:
-        raise RequestError(f"give --prompts with some of your own for {model}: it knows nothing of the reader's world")
+        raise RequestError(
+            f"give --prompts with some of your own for {model}: it knows nothing of the reader's world"
+        )
     for name, value in (("--samples", samples), ("--length", length)):
         if prompts is not None and value is not None:
-            raise RequestError(f"{name} {value} is for built-in questions and --prompts brings others; leave one out")
+            raise RequestError(
+                f"{name} {value} is for built-in questions and --prompts brings others; leave one out"
+            )
 
 
 def read_tasks(path: Path) -> list[Task]:
-    """The prompts of a file or folder, with names for what may be wrong with them. Raises RequestError."""
-    from lazyahead.draft.sources import find_sources, json_lines  # noqa: PLC0415
-    from lazyahead.tune.answers import Task  # noqa: PLC0415
+    """The prompts of a file or folder, with names for what may be wrong with them. Raises
+    RequestError."""
+    from lazyahead.draft.sources import find_sources, json_lines
+    from lazyahead.tune.answers import Task
 
     if path.is_dir():
         tasks = [Task(str(file), read_text(file)) for file in find_sources([path])]
     elif path.suffix.lower() in (".jsonl", ".ndjson"):
-        tasks = [_json_task(f"{path}, line {number}", values) for number, values in json_lines(path)]
+        tasks = [
+            _json_task(f"{path}, line {number}", values) for number, values in json_lines(path)
+        ]
     else:
         lines = enumerate(read_text(path).splitlines(), 1)
         tasks = [Task(f"{path}, line {number}", line) for number, line in lines if line.strip()]
@@ -111,19 +153,21 @@ def read_tasks(path: Path) -> list[Task]:
 
 
 def _json_task(name: str, values: dict[str, Any]) -> Task:
-    from lazyahead.tune.answers import Task  # noqa: PLC0415
+    from lazyahead.tune.answers import Task
 
     turns, question = values.get("turns"), values.get("question")
     prompt = turns[0] if isinstance(turns, list) and turns else values.get("prompt")
     if not isinstance(prompt, str) or not isinstance(question, str | None):
-        raise RequestError(f"{name}: needs a text as `prompt`, and one as `question` where there is one")
+        raise RequestError(
+            f"{name}: needs a text as `prompt`, and one as `question` where there is one"
+        )
     return Task(name, prompt, question)
 
 
 def own_tasks(count: int, length: int, seed: int) -> list[Task]:
     """Questions of the reader's world, category by category: every other one is held out."""
-    from lazyahead.reader import CATEGORIES, samples  # noqa: PLC0415
-    from lazyahead.tune.answers import Task  # noqa: PLC0415
+    from lazyahead.reader import CATEGORIES, samples
+    from lazyahead.tune.answers import Task
 
     return [
         Task(f"{category} {number}", sample.document, sample.question)
@@ -153,8 +197,16 @@ def fields(tuned: Tuned, written: str | None) -> dict[str, Any]:
 
 def _write(path: Path, model: str, found: Found, tuned: Tuned, agree: float) -> None:
     """The profile, and where it comes from."""
-    origin = {"model": model, "prompts": tuned.num_prompts, "prompt_tokens": tuned.prompt_tokens, "agree": agree}
-    origin |= {"ideal_speedup": round(found.ideal_speedup, 3), "ttft_speedup": round(found.clock.speedup, 3)}
+    origin = {
+        "model": model,
+        "prompts": tuned.num_prompts,
+        "prompt_tokens": tuned.prompt_tokens,
+        "agree": agree,
+    }
+    origin |= {
+        "ideal_speedup": round(found.ideal_speedup, 3),
+        "ttft_speedup": round(found.clock.speedup, 3),
+    }
     origin |= {"lazyahead": version("lazyahead")}
     lines = [f"{name} = {json_.dumps(value, ensure_ascii=False)}" for name, value in origin.items()]
     verb = "replaced" if path.exists() else "wrote"
@@ -168,7 +220,12 @@ def _write(path: Path, model: str, found: Found, tuned: Tuned, agree: float) -> 
 @contextmanager
 def _bar() -> Iterator[Tell]:
     """What is going on, on stderr, on a terminal only."""
-    columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(
         *columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
     ) as bar:  # fmt: skip
@@ -184,25 +241,40 @@ def _tell_skipped(tuned: Tuned, min_tokens: int) -> None:
 
 
 def _show(tuned: Tuned, out: Path | None, agree: float) -> None:
-    from lazyahead.tune.tuner import words  # noqa: PLC0415
+    from lazyahead.tune.tuner import words
 
     console = Console(highlight=False, soft_wrap=True)
     effort = f"{tuned.num_tried} ways of reading tried on {tuned.num_prompts} prompts of {tuned.prompt_tokens:,} tokens"
     found = tuned.found
     if found is None:
         wanted = "every answer" if agree == 1 else f"{agree:.0%} of the answers"
-        console.print(f"Nothing safe was found: no pruning leaves {wanted} as it is ({effort}).", style="yellow")
+        console.print(
+            f"Nothing safe was found: no pruning leaves {wanted} as it is ({effort}).",
+            style="yellow",
+        )
         console.print(f"Changed most often: {', '.join(tuned.hardest[:3])}.", markup=False)
-        console.print("Keep --prefill off for prompts like these, or allow some to differ with --agree 0.9.")
+        console.print(
+            "Keep --prefill off for prompts like these, or allow some to differ with --agree 0.9."
+        )
         return
     clock, rule = found.clock, found.prefill
-    console.print(f"Keep {words(rule.schedule)}, as {rule.scorer} scores ({effort}).", style="green", markup=False)
-    console.print(f"Same answers: {_count(found.search)} that guided the search, {_held_out(found.held_out)}.")
+    console.print(
+        f"Keep {words(rule.schedule)}, as {rule.scorer} scores ({effort}).",
+        style="green",
+        markup=False,
+    )
+    console.print(
+        f"Same answers: {_count(found.search)} that guided the search, {_held_out(found.held_out)}."
+    )
     console.print(
         f"First token: {seconds(clock.ttft_s)} instead of {seconds(clock.full_ttft_s)} for reading everything, "
         f"{clock.speedup:.2f}x as fast ({found.ideal_speedup:.2f}x by FLOPs)."
     )
-    console.print(f"Use it with --prefill {out}" if out else "Nothing was written; keep it with --out profile.toml")
+    console.print(
+        f"Use it with --prefill {out}"
+        if out
+        else "Nothing was written; keep it with --out profile.toml"
+    )
 
 
 def _count(agreement: Agreement) -> str:

@@ -1,4 +1,5 @@
-"""`lazyahead verify`: with nothing deferred our tokens are plain transformers', and drafting changes none of ours."""
+"""`lazyahead verify`: with nothing deferred our tokens are plain transformers', and drafting
+changes none of ours."""
 
 from __future__ import annotations
 
@@ -29,11 +30,17 @@ WORDS = {
 def verify(
     model: options.Model = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="File with one prompt a line. Left out: questions of the reader's world.")
+        Path | None,
+        typer.Option(
+            help="File with one prompt a line. Left out: questions of the reader's world."
+        ),
     ] = None,
-    n: Annotated[int | None, typer.Option("--n", min=1, help=f"How many of those. Left out: {NUM_PROMPTS}.")] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help=f"How many of those. Left out: {NUM_PROMPTS}.")
+    ] = None,
     length: Annotated[
-        int | None, typer.Option(min=256, help=f"Their length, in tokens of the reader. Left out: {LENGTH}.")
+        int | None,
+        typer.Option(min=256, help=f"Their length, in tokens of the reader. Left out: {LENGTH}."),
     ] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -41,7 +48,8 @@ def verify(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     json: options.Json = False,
 ) -> None:
-    """Compares answers, token by token: nothing deferred against plain transformers, drafts against none.
+    """Compares answers, token by token: nothing deferred against plain transformers, drafts against
+    none.
 
     Ctrl-C ends it after the batch that runs, and tells what was found so far.
     """
@@ -50,9 +58,13 @@ def verify(
     llm = options.Loading(model, dtype, device, prefill="off", decode="off").load()
     count, length = n or NUM_PROMPTS, length or LENGTH
     with options.quiet_transformers():
-        from lazyahead.bench.agreement import Agreement, own_prompts  # noqa: PLC0415
+        from lazyahead.bench.agreement import Agreement, own_prompts
 
-        token_ids = [llm.encode(text).token_ids for text in texts] if texts else own_prompts(llm, count, length)
+        token_ids = (
+            [llm.encode(text).token_ids for text in texts]
+            if texts
+            else own_prompts(llm, count, length)
+        )
         agreement = Agreement(llm, rule, max_new_tokens)
         with Interrupt() as interrupt:
             for batch in _batches(token_ids):
@@ -78,7 +90,9 @@ def _lines(path: Path | None, n: int | None, length: int | None) -> list[str]:
         return []
     for name, value in (("--n", n), ("--length", length)):
         if value is not None:
-            raise RequestError(f"{name} {value} is for built-in prompts and --prompts brings others; leave one out")
+            raise RequestError(
+                f"{name} {value} is for built-in prompts and --prompts brings others; leave one out"
+            )
     texts = list(filter(str.strip, read_text(path).splitlines()))
     if not texts:
         raise RequestError(f"{path} has no prompts; write one a line")
@@ -88,7 +102,9 @@ def _lines(path: Path | None, n: int | None, length: int | None) -> list[str]:
 def _batches(prompts: list[list[int]]) -> Iterator[list[list[int]]]:
     """Some at a time, with a bar on stderr, on a terminal only."""
     starts, console = range(0, len(prompts), BATCH), Console(stderr=True)
-    for start in track(starts, "answering", console=console, transient=True, disable=not sys.stderr.isatty()):
+    for start in track(
+        starts, "answering", console=console, transient=True, disable=not sys.stderr.isatty()
+    ):
         yield prompts[start : start + BATCH]
 
 
@@ -101,8 +117,12 @@ def _show(fields: dict[str, Any]) -> None:
     if reason := fields["not_checked"]:
         console.print(f"Drafting was not checked: {reason}.", style="yellow")
     if first := fields["first_divergence"]:
-        console.print(f"First at token {first['token']} of prompt {first['prompt'] + 1} ({WORDS[first['check']]}).")
+        console.print(
+            f"First at token {first['token']} of prompt {first['prompt'] + 1} ({WORDS[first['check']]})."
+        )
         if first["logit_gap"] is not None:
-            console.print(f"The logits of the two tokens there are {abs(first['logit_gap']):.2g} apart.")
+            console.print(
+                f"The logits of the two tokens there are {abs(first['logit_gap']):.2g} apart."
+            )
         if fields["dtype"] != "float32":
             console.print("Identity is promised in float32 only: try --dtype float32.")

@@ -1,7 +1,8 @@
-"""What is remembered between requests: a log of token sequences in one SQLite file per model and tokenizer.
+"""What is remembered between requests: a log of token sequences in one SQLite file per model and
+tokenizer.
 
-The trie is rebuilt from it, oldest answer first. The file holds token ids, so it is as private as the answers are: it
-is readable by its owner only, and deleted records are overwritten.
+The trie is rebuilt from it, oldest answer first. The file holds token ids, so it is as private as
+the answers are: it is readable by its owner only, and deleted records are overwritten.
 """
 
 import os
@@ -48,7 +49,8 @@ END;
 
 
 class Owner(NamedTuple):
-    """Whose token ids these are, as fingerprints. None where it is not known: then it is not compared."""
+    """Whose token ids these are, as fingerprints. None where it is not known: then it is not
+    compared."""
 
     model: str | None = None
     tokenizer: str | None = None
@@ -71,13 +73,16 @@ class Usage(NamedTuple):
 
 
 class AnswerLog:
-    """The log at `path`, created where missing. Any thread may use it, and several processes at once.
+    """The log at `path`, created where missing. Any thread may use it, and several processes at
+    once.
 
-    An answer is on disk when `append` returns; a process killed in the middle loses at most the answer being written.
-    Each namespace holds at most `capacity_bytes` of tokens (4 bytes each), its oldest answers leave first.
+    An answer is on disk when `append` returns; a process killed in the middle loses at most the
+    answer being written. Each namespace holds at most `capacity_bytes` of tokens (4 bytes each),
+    its oldest answers leave first.
 
-    Raises MemoryFileError where the file is no such log, is damaged, or belongs to another model or tokenizer (token
-    ids mean nothing elsewhere). Without a `model` an existing log is opened, whosever it is.
+    Raises MemoryFileError where the file is no such log, is damaged, or belongs to another model or
+    tokenizer (token ids mean nothing elsewhere). Without a `model` an existing log is opened,
+    whosever it is.
     """
 
     def __init__(
@@ -98,7 +103,9 @@ class AnswerLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
             self.path.chmod(0o600)
-            self._db = sqlite3.connect(self.path, timeout=10.0, isolation_level=None, check_same_thread=False)
+            self._db = sqlite3.connect(
+                self.path, timeout=10.0, isolation_level=None, check_same_thread=False
+            )
         except (OSError, sqlite3.Error) as error:
             raise MemoryFileError(f"cannot open answers log {self.path}: {error}") from error
         try:
@@ -116,7 +123,8 @@ class AnswerLog:
         return Owner(held.get("model"), held.get("tokenizer"))
 
     def append(self, tokens: Sequence[int], namespace: str = "default") -> None:
-        """Remember an answer. Empty ones are not kept, and of one above the capacity only the end is.
+        """Remember an answer. Empty ones are not kept, and of one above the capacity only the end
+        is.
 
         Raises ValueError for a token id outside 0 to 2^32 - 1.
         """
@@ -143,7 +151,9 @@ class AnswerLog:
                 return
             for last, num_tokens, blob in rows:
                 if len(blob) != num_tokens * _BYTES_PER_TOKEN:
-                    raise MemoryFileError(f"answers log {self.path} is damaged: record {last}. Delete the file")
+                    raise MemoryFileError(
+                        f"answers log {self.path} is damaged: record {last}. Delete the file"
+                    )
                 yield _unpack(blob)
 
     def records(self, namespace: str | None = None) -> list[Record]:
@@ -161,10 +171,13 @@ class AnswerLog:
             rows = self._db.execute(
                 "SELECT namespace, num_answers, num_tokens FROM usage ORDER BY namespace"
             ).fetchall()
-        return {namespace: Usage(num_answers, num_tokens) for namespace, num_answers, num_tokens in rows}
+        return {
+            namespace: Usage(num_answers, num_tokens) for namespace, num_answers, num_tokens in rows
+        }
 
     def import_from(self, path: str | Path) -> int:
-        """Add the answers of another log of the same model and tokenizer; returns how many. Raises MemoryFileError."""
+        """Add the answers of another log of the same model and tokenizer; returns how many. Raises
+        MemoryFileError."""
         if Path(path).is_file() and self.path.samefile(path):
             raise MemoryFileError(f"cannot import {path} into itself")
         num_added = 0
@@ -179,7 +192,9 @@ class AnswerLog:
     def clear(self, namespace: str | None = None) -> int:
         """Delete the answers of one namespace, or all, from the disk too; returns how many."""
         with self._transaction():
-            deleted = self._db.execute("DELETE FROM answers WHERE ?1 IS NULL OR namespace = ?1", (namespace,)).rowcount
+            deleted = self._db.execute(
+                "DELETE FROM answers WHERE ?1 IS NULL OR namespace = ?1", (namespace,)
+            ).rowcount
         with self._errors_named():
             self._db.execute("VACUUM")
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -193,7 +208,10 @@ class AnswerLog:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -206,13 +224,19 @@ class AnswerLog:
             if not self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 self._create()
             if self._db.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
-                raise MemoryFileError(f"{self.path} is an SQLite file but no answers log: choose another path")
+                raise MemoryFileError(
+                    f"{self.path} is an SQLite file but no answers log: choose another path"
+                )
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version != _VERSION:
-                raise MemoryFileError(f"answers log {self.path} has version {version}, this library reads {_VERSION}")
+                raise MemoryFileError(
+                    f"answers log {self.path} has version {version}, this library reads {_VERSION}"
+                )
         self._check_owner(self._given)
         with self._transaction():
-            known = [(key, value) for key, value in self._given._asdict().items() if value is not None]
+            known = [
+                (key, value) for key, value in self._given._asdict().items() if value is not None
+            ]
             self._db.executemany("INSERT OR IGNORE INTO meta VALUES (?, ?)", known)
 
     def _check_owner(self, owner: Owner) -> None:
@@ -229,11 +253,15 @@ class AnswerLog:
         self._db.execute(f"PRAGMA user_version = {_VERSION}")
 
     def _drop_oldest(self, namespace: str) -> None:
-        held = self._db.execute("SELECT num_tokens FROM usage WHERE namespace = ?", (namespace,)).fetchone()[0]
+        held = self._db.execute(
+            "SELECT num_tokens FROM usage WHERE namespace = ?", (namespace,)
+        ).fetchone()[0]
         excess = held - self.max_tokens
         if excess <= 0:
             return
-        oldest = self._db.execute("SELECT id, num_tokens FROM answers WHERE namespace = ? ORDER BY id", (namespace,))
+        oldest = self._db.execute(
+            "SELECT id, num_tokens FROM answers WHERE namespace = ? ORDER BY id", (namespace,)
+        )
         last = 0
         for last, num_tokens in oldest:  # noqa: B007
             excess -= num_tokens

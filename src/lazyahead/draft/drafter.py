@@ -1,12 +1,10 @@
-"""Drafters: strategies that guess what an answer goes on with. One strategy, one class; one object per request.
+"""Drafters: strategies that guess what an answer goes on with. One strategy, one class; one object
+per request.
 
-    drafter = TrieDrafter()
-    request = drafter.start(prompt_ids)             # may go on: request.extend(more, Source.PROMPT)
-    while ...:
-        draft = request.propose(max_nodes=16)
-        tokens = ...                                # what the model says, the first `len(tokens) - 1` of them drafted
-        request.extend(tokens)
-        request.feedback(draft, tokens)
+    drafter = TrieDrafter() request = drafter.start(prompt_ids)             # may go on:
+    request.extend(more, Source.PROMPT) while ...: draft = request.propose(max_nodes=16) tokens =
+    ...                                # what the model says, the first `len(tokens) - 1` of them
+    drafted request.extend(tokens) request.feedback(draft, tokens)
     request.stop()
 
 Implementations: `NoDrafter`, `PromptLookupDrafter` here, `TrieDrafter` in trie_drafter.py.
@@ -28,14 +26,16 @@ class DraftRequest(Protocol):
         """The text has grown: a part of the prompt, or what the model has written."""
 
     def propose(self, max_nodes: int, step: Step | None = None) -> Draft:
-        """Guess what follows the last token, in at most `max_nodes` nodes; `Draft.EMPTY` for no guess. Guesses that
-        cannot pay in the `step` may be left out."""
+        """Guess what follows the last token, in at most `max_nodes` nodes; `Draft.EMPTY` for no
+        guess. Guesses that cannot pay in the `step` may be left out."""
 
     def feedback(self, draft: Draft, tokens: Sequence[int]) -> None:
-        """The text went on with `tokens` where `draft` (as proposed, verified in full, in part or not) was guessed."""
+        """The text went on with `tokens` where `draft` (as proposed, verified in full, in part or
+        not) was guessed."""
 
     def stop(self, *, remember: bool = False) -> None:
-        """The request has ended: its branches leave; its answer stays for later requests where asked for."""
+        """The request has ended: its branches leave; its answer stays for later requests where
+        asked for."""
 
 
 class Drafter(Protocol):
@@ -67,12 +67,15 @@ class _NoRequest:
 
 
 class PromptLookupDrafter:
-    """What transformers' `prompt_lookup_num_tokens` guesses, for comparison: one branch, after the earliest occurrence
-    in prompt and answer of the last `max_ngram` tokens, or fewer, always `num_tokens` long."""
+    """What transformers' `prompt_lookup_num_tokens` guesses, for comparison: one branch, after the
+    earliest occurrence in prompt and answer of the last `max_ngram` tokens, or fewer, always
+    `num_tokens` long."""
 
     def __init__(self, num_tokens: int = 10, max_ngram: int = 2) -> None:
         if num_tokens < 1 or max_ngram < 1:
-            raise ConfigError(f"num_tokens {num_tokens} and max_ngram {max_ngram} must be at least 1")
+            raise ConfigError(
+                f"num_tokens {num_tokens} and max_ngram {max_ngram} must be at least 1"
+            )
         self.num_tokens = num_tokens
         self.max_ngram = max_ngram
 
@@ -86,7 +89,9 @@ class PromptLookupDrafter:
 class _PromptLookupRequest(_NoRequest):
     drafter: PromptLookupDrafter
     text: list[int] = field(default_factory=list)
-    first: dict[tuple[int, ...], int] = field(default_factory=dict)  # n-gram -> where its first occurrence ends
+    first: dict[tuple[int, ...], int] = field(
+        default_factory=dict
+    )  # n-gram -> where its first occurrence ends
 
     def extend(self, tokens: Sequence[int], source: Source = Source.OUTPUT) -> None:
         for token in tokens:

@@ -1,10 +1,18 @@
-"""From matches to a draft: the counted sub-trie under the matched suffixes, grown from its likeliest node outwards."""
+"""From matches to a draft: the counted sub-trie under the matched suffixes, grown from its
+likeliest node outwards."""
 
 from collections.abc import Collection, Sequence
 from heapq import heappop, heappush
 from typing import Literal, Protocol
 
-from lazyahead.draft.budget import DEPTH_CLASS, MAX_DEPTH, Acceptance, Kind, Payback, Step
+from lazyahead.draft.budget import (
+    DEPTH_CLASS,
+    MAX_DEPTH,
+    Acceptance,
+    AcceptanceBucket,
+    GainTracker,
+    Step,
+)
 from lazyahead.draft.tree import ROOT, Draft, Source
 
 Mode = Literal["hierarchical", "parallel", "single"]
@@ -18,7 +26,8 @@ _SURE_LEN = 6  # tokens that agree before a branch ends a quote of what was aske
 
 
 _Node = tuple[float, int, int, int, int, "list[Branch]"]
-"""(-probability, number, parent, depth, token, branches through it, most trusted first): the likeliest sorts first."""
+"""(-probability, number, parent, depth, token, branches through it, most trusted first): the
+likeliest sorts first."""
 
 
 class Finder(Protocol):
@@ -29,18 +38,21 @@ class Finder(Protocol):
         """Guesses that announce something, whatever follows them elsewhere."""
 
     def find(self, path: Sequence[int], is_open: bool) -> "list[Branch]":
-        """What follows after the text and these guesses, newest first; branches already followed may be among it.
-        Without `is_open` only what they announce."""
+        """What follows after the text and these guesses, newest first; branches already followed
+        may be among it. Without `is_open` only what they announce."""
 
 
 class Branch:
-    """What once followed a suffix of the text at hand, or of the text and guesses; `weight` is its vote."""
+    """What once followed a suffix of the text at hand, or of the text and guesses; `weight` is its
+    vote."""
 
     __slots__ = ("depth", "kind", "match_len", "position", "source", "tokens", "weight")
-    kind: Kind
+    kind: AcceptanceBucket
     weight: float
 
-    def __init__(self, tokens: list[int], source: Source, match_len: int, position: int = -1, depth: int = 0) -> None:
+    def __init__(
+        self, tokens: list[int], source: Source, match_len: int, position: int = -1, depth: int = 0
+    ) -> None:
         self.tokens = tokens
         self.source = source
         self.match_len = match_len
@@ -60,17 +72,18 @@ def grow(
 ) -> Draft:
     """The at most `max_nodes` likeliest nodes of the trie that the branches (newest first) span.
 
-    "hierarchical" merges equal prefixes, "single" keeps the likeliest branch alone, and "parallel" gives each branch
-    its own nodes: the three drafts that the paper compares (arXiv 2312.12728, section 3.2). A likely node is looked up
-    in its turn (`finder`), as if it had been written: what follows there joins the branches through it.
+    "hierarchical" merges equal prefixes, "single" keeps the likeliest branch alone, and "parallel"
+    gives each branch its own nodes: the three drafts that the paper compares (arXiv 2312.12728,
+    section 3.2). A likely node is looked up in its turn (`finder`), as if it had been written: what
+    follows there joins the branches through it.
 
-    With a `step` no node is followed from where none can pay any more. What was to come next is in the draft all the
-    same: it is not verified, but whether it was right is learned.
+    With a `step` no node is followed from where none can pay any more. What was to come next is in
+    the draft all the same: it is not verified, but whether it was right is learned.
     """
     ranked = _weigh(branches, acceptance, decay)
     if mode == "parallel":
         return _depth_first(_side_by_side(ranked, max_nodes))
-    payback = Payback(step, max_nodes) if step is not None else None
+    payback = GainTracker(step, max_nodes) if step is not None else None
     heap: list[_Node] = []
     nodes: list[_Node] = []
     num_seen, announced = 0, () if finder is None else finder.announced
@@ -101,20 +114,28 @@ def grow(
                     num_seen += len(through)
             if len(through) > 1 and through[0].source is Source.ASKED:
                 through = _turned(through, depth)
-        children = _children(through, len(nodes) - 1, -minus_prob, depth + 1, num_seen) if depth < max_depth else []
+        children = (
+            _children(through, len(nodes) - 1, -minus_prob, depth + 1, num_seen)
+            if depth < max_depth
+            else []
+        )
     return _depth_first(nodes)
 
 
 def _is_open(through: list[Branch], depth: int) -> bool:
-    """Whether something else than the branches through a node may follow it: where the most trusted one ends, and where
-    it quotes what was asked, which goes on up to some point only. What was found there once is not looked for again.
+    """Whether something else than the branches through a node may follow it: where the most trusted
+    one ends, and where it quotes what was asked, which goes on up to some point only. What was
+    found there once is not looked for again.
     """
     lead = through[0]
     if lead.source is not Source.ASKED:
         return depth - lead.depth >= len(lead.tokens)
     if depth - lead.depth < _QUOTE_LEN:
         return False
-    return not any(branch.depth > lead.depth and depth - branch.depth < len(branch.tokens) for branch in through)
+    return not any(
+        branch.depth > lead.depth and depth - branch.depth < len(branch.tokens)
+        for branch in through
+    )
 
 
 def _path(nodes: Sequence[_Node]) -> list[int]:
@@ -131,7 +152,9 @@ def _joined(
 ) -> list[Branch]:
     """The branches through a node, and of those found there the ones that are new."""
     alive = [branch for branch in through if branch.depth + len(branch.tokens) > depth]
-    known = {branch.position - branch.depth for branch in alive if branch.source is not Source.MEMORY}
+    known = {
+        branch.position - branch.depth for branch in alive if branch.source is not Source.MEMORY
+    }
     new = [branch for branch in found if branch.position - branch.depth not in known]
     if not new:
         return through
@@ -143,7 +166,8 @@ def _trust(branch: Branch) -> tuple[float, int]:
 
 
 def _turned(through: list[Branch], depth: int) -> list[Branch]:
-    """A quote of what was asked ends where all that goes on as surely goes on in one other way: that comes first."""
+    """A quote of what was asked ends where all that goes on as surely goes on in one other way:
+    that comes first."""
     lead = through[0]
     others = [
         branch
@@ -160,11 +184,11 @@ def _turned(through: list[Branch], depth: int) -> list[Branch]:
 def _weigh(branches: Sequence[Branch], acceptance: Acceptance, decay: float) -> list[Branch]:
     """The branches most trusted first, each with its share of the vote of its kind.
 
-    The branches of one source and length class are one voter, the n-th newest having decay^n of its vote. So counts
-    decide within a voter, as in the paper's trie, trust decides between voters, and no number of remembered answers
-    can crowd out the text at hand.
+    The branches of one source and length class are one voter, the n-th newest having decay^n of its
+    vote. So counts decide within a voter, as in the paper's trie, trust decides between voters, and
+    no number of remembered answers can crowd out the text at hand.
     """
-    voters: dict[Kind, list[Branch]] = {}
+    voters: dict[AcceptanceBucket, list[Branch]] = {}
     for branch in branches:
         branch.kind = kind = acceptance.kind(branch.source, branch.match_len)
         if kind in voters:
@@ -174,15 +198,21 @@ def _weigh(branches: Sequence[Branch], acceptance: Acceptance, decay: float) -> 
             branch.weight = 1.0
             voters[kind] = [branch]
     ranked: list[Branch] = []
-    for kind in sorted(voters, key=Kind.trust, reverse=True) if len(voters) > 1 else voters:
+    for kind in (
+        sorted(voters, key=AcceptanceBucket.trust, reverse=True) if len(voters) > 1 else voters
+    ):
         ranked += voters[kind]
     return ranked
 
 
-def _children(branches: list[Branch], parent: int, prob: float, depth: int, number: int) -> list[_Node]:
-    """The nodes at `depth` below `parent`, likeliest first, leaving out those that are not worth a row.
+def _children(
+    branches: list[Branch], parent: int, prob: float, depth: int, number: int
+) -> list[_Node]:
+    """The nodes at `depth` below `parent`, likeliest first, leaving out those that are not worth a
+    row.
 
-    The most trusted voter is right as often as was learned; where it is wrong the next one is asked, and so on.
+    The most trusted voter is right as often as was learned; where it is wrong the next one is
+    asked, and so on.
     """
     step = DEPTH_CLASS[depth]
     if len(branches) == 1:  # the common case deep down
@@ -217,7 +247,7 @@ def _children(branches: list[Branch], parent: int, prob: float, depth: int, numb
 def _voters(branches: list[Branch], depth: int) -> list[list[Branch]]:
     """The branches that go on behind this depth, those of one kind together."""
     voters: list[list[Branch]] = []
-    kind: Kind | None = None
+    kind: AcceptanceBucket | None = None
     for branch in branches:
         if depth - branch.depth < len(branch.tokens):
             if branch.kind is kind:

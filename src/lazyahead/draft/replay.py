@@ -15,7 +15,8 @@ FREE_ROWS = RowCost([(1, 1.0)])
 
 @dataclass(frozen=True)
 class Replay:
-    """What a drafter did with recorded texts. Seconds are CPU time; modelled ones follow from the row costs."""
+    """What a drafter did with recorded texts. Seconds are CPU time; modelled ones follow from the
+    row costs."""
 
     num_tokens: int
     num_steps: int
@@ -38,7 +39,8 @@ class Replay:
 
     @property
     def draft_us_per_token(self) -> float:
-        """Microseconds of proposing, choosing, verifying, learning and indexing for each token generated."""
+        """Microseconds of proposing, choosing, verifying, learning and indexing for each token
+        generated."""
         return 1e6 * self.draft_s / max(self.num_tokens, 1)
 
     @property
@@ -48,7 +50,8 @@ class Replay:
 
     @property
     def speedup(self) -> float:
-        """Over decoding without drafts, were drafting to cost what it did and steps what `cost` says."""
+        """Over decoding without drafts, were drafting to cost what it did and steps what `cost`
+        says."""
         return self.modelled_plain_s / max(self.modelled_s + self.draft_s, 1e-12)
 
 
@@ -62,7 +65,8 @@ def replay(
 ) -> Replay:
     """Have `drafter` guess each recorded answer, given as (prompt, answer), one after the other.
 
-    With `remember`, answers stay for the texts after them. The first token of an answer comes from the prefill.
+    With `remember`, answers stay for the texts after them. The first token of an answer comes from
+    the prefill.
     """
     max_nodes = cost.max_nodes(max_nodes)
     num_tokens = num_steps = num_drafted = num_accepted = prompt_tokens = 0
@@ -98,7 +102,9 @@ def replay(
     )
 
 
-def _step(request: DraftRequest, answer: Sequence[int], done: int, cost: RowCost, max_nodes: int) -> tuple[Draft, Walk]:
+def _step(
+    request: DraftRequest, answer: Sequence[int], done: int, cost: RowCost, max_nodes: int
+) -> tuple[Draft, Walk]:
     draft = request.propose(min(max_nodes, len(answer) - done), Step(cost))
     verified = draft.best(choose([draft.probs or [1.0] * len(draft)], cost)[0])
     last = len(answer) - 1

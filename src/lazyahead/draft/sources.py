@@ -29,18 +29,30 @@ def find_sources(paths: Sequence[Path]) -> list[Path]:
                 raise RequestError(f"no file or folder at {path}; check the path")
             found.append(path)
             continue
-        inside = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in TEXT_SUFFIXES and file.is_file()]
-        inside = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        inside = [
+            file
+            for file in sorted(path.rglob("*"))
+            if file.suffix.lower() in TEXT_SUFFIXES and file.is_file()
+        ]
+        inside = [
+            file
+            for file in inside
+            if not any(part.startswith(".") for part in file.relative_to(path).parts)
+        ]
         if not inside:
-            raise RequestError(f"{path} holds no texts ({', '.join(sorted(TEXT_SUFFIXES)[:8])} …); name files instead")
+            raise RequestError(
+                f"{path} holds no texts ({', '.join(sorted(TEXT_SUFFIXES)[:8])} …); name files instead"
+            )
         found += inside
     return found
 
 
 def read_sequences(path: Path, tokenizer: Tokenizer, num_vocabulary: int) -> Iterator[list[int]]:
-    """A file's token sequences: one of a text, one a line of JSON lines. Raises RequestError naming what is wrong.
+    """A file's token sequences: one of a text, one a line of JSON lines. Raises RequestError naming
+    what is wrong.
 
-    A line has `text`, or `prompt` and `answer` (an earlier answer, found by the end of its prompt), or `tokens`.
+    A line has `text`, or `prompt` and `answer` (an earlier answer, found by the end of its prompt),
+    or `tokens`.
     """
     if path.suffix.lower() != ".jsonl":
         yield _encode(tokenizer, read_text(path))
@@ -53,7 +65,8 @@ def read_sequences(path: Path, tokenizer: Tokenizer, num_vocabulary: int) -> Ite
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSONL file with their line numbers. Raises RequestError naming a line that is none."""
+    """The objects of a JSONL file with their line numbers. Raises RequestError naming a line that
+    is none."""
     num_found = 0
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
@@ -71,14 +84,20 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _sequence(values: dict[str, Any], tokenizer: Tokenizer, num_vocabulary: int) -> list[int]:
-    tokens, prompt, answer, text = (values.get(name) for name in ("tokens", "prompt", "answer", "text"))
+    tokens, prompt, answer, text = (
+        values.get(name) for name in ("tokens", "prompt", "answer", "text")
+    )
     if isinstance(tokens, list):
         if not all(type(token) is int and 0 <= token < num_vocabulary for token in tokens):
             raise RequestError(f"`tokens` must be whole numbers from 0 to {num_vocabulary - 1}")
         return tokens
     if isinstance(prompt, str) and isinstance(answer, str):
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        return [*encode_prompt(tokenizer, prompt).token_ids[-NUM_LEAD:], *_encode(tokenizer, answer), *end]
+        return [
+            *encode_prompt(tokenizer, prompt).token_ids[-NUM_LEAD:],
+            *_encode(tokenizer, answer),
+            *end,
+        ]
     if isinstance(text, str):
         return _encode(tokenizer, text)
     raise RequestError("needs `text`, or `prompt` and `answer`, or `tokens`")

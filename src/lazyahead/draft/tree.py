@@ -1,7 +1,7 @@
 """The draft: a forest of guessed tokens under the last token of an answer, shared prefixes merged.
 
-The paper's hierarchical multi-branch draft (arXiv 2312.12728, section 3.2). Row 0 of a decoding step is the last token
-(the root, -1 here); draft node i is the row after it numbered i + 1.
+The paper's hierarchical multi-branch draft (arXiv 2312.12728, section 3.2). Row 0 of a decoding
+step is the last token (the root, -1 here); draft node i is the row after it numbered i + 1.
 """
 
 from collections.abc import Sequence
@@ -24,17 +24,19 @@ class Source(IntEnum):
     OUTPUT = 1
     MEMORY = 2
     ASKED = 3
-    """The end of the prompt again, behind a gap: answers name things in the order in which they were asked for."""
+    """The end of the prompt again, behind a gap: answers name things in the order in which they
+    were asked for."""
 
 
 @dataclass(frozen=True)
 class Draft:
     """`token_ids[i]` is guessed to follow node `parents[i]` (-1: the last token of the answer).
 
-    Parents stand before children, and nodes in depth-first order with the likelier child first, so that the likeliest
-    run of accepted tokens is a contiguous run of rows. `sources`, `match_lens` (tokens of context that led to the
-    guess) and `probs` (probability that the node and all above it are accepted) are either given for all nodes or for
-    none. Raises ValueError for lengths that differ, a parent that is not before its child, or a negative token.
+    Parents stand before children, and nodes in depth-first order with the likelier child first, so
+    that the likeliest run of accepted tokens is a contiguous run of rows. `sources`, `match_lens`
+    (tokens of context that led to the guess) and `probs` (probability that the node and all above
+    it are accepted) are either given for all nodes or for none. Raises ValueError for lengths that
+    differ, a parent that is not before its child, or a negative token.
     """
 
     token_ids: Sequence[int]
@@ -49,7 +51,11 @@ class Draft:
         n = len(self.token_ids)
         if len(self.parents) != n:
             raise ValueError(f"{n} token_ids but {len(self.parents)} parents")
-        for name, values in (("sources", self.sources), ("match_lens", self.match_lens), ("probs", self.probs)):
+        for name, values in (
+            ("sources", self.sources),
+            ("match_lens", self.match_lens),
+            ("probs", self.probs),
+        ):
             if values and len(values) != n:
                 raise ValueError(f"{n} token_ids but {len(values)} {name}")
         if n and (min(self.parents) < ROOT or not all(map(lt, self.parents, range(n)))):
@@ -67,9 +73,16 @@ class Draft:
         match_lens: Sequence[int],
         probs: Sequence[float],
     ) -> Self:
-        """A draft that is a forest by the way it was made: a decoding step has no time to look again."""
+        """A draft that is a forest by the way it was made: a decoding step has no time to look
+        again."""
         draft = object.__new__(cls)
-        draft.__dict__.update(token_ids=token_ids, parents=parents, sources=sources, match_lens=match_lens, probs=probs)
+        draft.__dict__.update(
+            token_ids=token_ids,
+            parents=parents,
+            sources=sources,
+            match_lens=match_lens,
+            probs=probs,
+        )
         return draft
 
     def __len__(self) -> int:
@@ -77,7 +90,8 @@ class Draft:
 
     @cached_property
     def depths(self) -> list[int]:
-        """Distance to the root row: 1 for its children. The position of a node is that of the last token plus this."""
+        """Distance to the root row: 1 for its children. The position of a node is that of the last
+        token plus this."""
         depths: list[int] = []
         for parent in self.parents:
             depths.append(1 if parent == ROOT else depths[parent] + 1)
@@ -100,7 +114,9 @@ class Draft:
             lines.append(1 << i if parent == ROOT else lines[parent] | 1 << i)
         width = (n + 7) // 8
         packed = np.frombuffer(b"".join(line.to_bytes(width, "little") for line in lines), np.uint8)
-        return np.unpackbits(packed.reshape(n, width), axis=1, count=n, bitorder="little").astype(np.bool_)
+        return np.unpackbits(packed.reshape(n, width), axis=1, count=n, bitorder="little").astype(
+            np.bool_
+        )
 
     def path(self, node: int) -> list[int]:
         """The nodes from the root's child down to `node`."""
@@ -111,12 +127,16 @@ class Draft:
         return nodes[::-1]
 
     def child(self, nodes: Sequence[int], tokens: Sequence[int]) -> int | None:
-        """The node of the last of a walk's `tokens`, where the draft has one below the last of its `nodes`."""
+        """The node of the last of a walk's `tokens`, where the draft has one below the last of its
+        `nodes`."""
         children = self.children[nodes[-1] if nodes else ROOT]
-        return next((node for node in children if tokens and self.token_ids[node] == tokens[-1]), None)
+        return next(
+            (node for node in children if tokens and self.token_ids[node] == tokens[-1]), None
+        )
 
     def sources_of(self, nodes: Sequence[int], num_tokens: int) -> tuple[Source | None, ...]:
-        """Of the first `num_tokens` of a step's tokens, whose drafted ones are `nodes`; None: the model's own."""
+        """Of the first `num_tokens` of a step's tokens, whose drafted ones are `nodes`; None: the
+        model's own."""
         drafted = [self.sources[node] for node in nodes[:num_tokens]] if self.sources else []
         return (*drafted, *[None] * (num_tokens - len(drafted)))
 
@@ -124,10 +144,13 @@ class Draft:
         """The nodes at most this deep, in the same order; the draft itself where it is no deeper."""
         if not len(self) or max(self.depths) <= depth:
             return self
-        return self._take([node for node, its_depth in enumerate(self.depths) if its_depth <= depth])
+        return self._take(
+            [node for node, its_depth in enumerate(self.depths) if its_depth <= depth]
+        )
 
     def best(self, num_nodes: int) -> Self:
-        """The `num_nodes` likeliest nodes, in the same order; the draft itself where it has no more than that."""
+        """The `num_nodes` likeliest nodes, in the same order; the draft itself where it has no more
+        than that."""
         if num_nodes >= len(self):
             return self
         if num_nodes <= 0:

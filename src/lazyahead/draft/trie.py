@@ -1,18 +1,20 @@
 """The token trie of Lookahead (arXiv 2312.12728, section 3.2), without a node per token.
 
-The paper inserts, at every position of a text, the branch of `branch_length` tokens that starts there, and counts how
-often each node was inserted. Asked with the last tokens of an answer, it goes down the trie along the longest suffix
-it knows; the counted sub-trie below is the draft.
+The paper inserts, at every position of a text, the branch of `branch_length` tokens that starts
+there, and counts how often each node was inserted. Asked with the last tokens of an answer, it goes
+down the trie along the longest suffix it knows; the counted sub-trie below is the draft.
 
-Here the text itself is the trie. The node that a suffix leads to is the set of *positions* that follow an occurrence
-of that suffix; its count is how many there are; its children are the tokens standing at those positions. So only an
-index from suffixes to positions is kept, in the manner of LZ77's hash chains: for each order n in (1, 2, 4, 8), the
-newest position after each n-gram (`heads`), and for each position the next older one after the same n-gram (`older`).
+Here the text itself is the trie. The node that a suffix leads to is the set of *positions* that
+follow an occurrence of that suffix; its count is how many there are; its children are the tokens
+standing at those positions. So only an index from suffixes to positions is kept, in the manner of
+LZ77's hash chains: for each order n in (1, 2, 4, 8), the newest position after each n-gram
+(`heads`), and for each position the next older one after the same n-gram (`older`).
 
-    text        a b c a b d a b         match([.. a, b]) -> positions 5 (before d) and 2 (before c), newest first
-    position    0 1 2 3 4 5 6 7
+    text        a b c a b d a b         match([.. a, b]) -> positions 5 (before d) and 2 (before c),
+    newest first position    0 1 2 3 4 5 6 7
 
-Adding a token touches four chains, matching walks a few links, and both are independent of the length of the text.
+Adding a token touches four chains, matching walks a few links, and both are independent of the
+length of the text.
 """
 
 from array import array
@@ -32,8 +34,19 @@ SEPARATOR = -1
 
 ORDERS = (1, 2, 4, 8)
 _LONGEST = ORDERS[-1]
-_ORDER_OF = [bisect(ORDERS, length) - 1 for length in range(_LONGEST + 1)]  # of matches at least so long
-_MULTIPLIERS = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1, 0xD3A2646D, 0xFD7046C5, 0xB55A4F09)
+_ORDER_OF = [
+    bisect(ORDERS, length) - 1 for length in range(_LONGEST + 1)
+]  # of matches at least so long
+_MULTIPLIERS = (
+    0x9E3779B1,
+    0x85EBCA6B,
+    0xC2B2AE35,
+    0x27D4EB2F,
+    0x165667B1,
+    0xD3A2646D,
+    0xFD7046C5,
+    0xB55A4F09,
+)
 _WORD = 0xFFFFFFFF
 
 _BYTES_PER_SLOT = 4 * (1 + 2 * len(ORDERS))
@@ -52,26 +65,38 @@ Match: TypeAlias = tuple[int, int]
 class TokenTrie:
     """A trie over token sequences: append tokens, match a suffix, read the branches that follow.
 
-    Sizes are in tokens, `capacity_bytes` in bytes of index (36 a slot). Without a capacity the trie grows; with one,
-    the oldest sequence leaves first (long ones in pieces of 256 tokens), and one that was touched since it was written
-    is written anew instead of leaving: least recently used, by the clock algorithm. Not thread-safe.
+    Sizes are in tokens, `capacity_bytes` in bytes of index (36 a slot). Without a capacity the trie
+    grows; with one, the oldest sequence leaves first (long ones in pieces of 256 tokens), and one
+    that was touched since it was written is written anew instead of leaving: least recently used,
+    by the clock algorithm. Not thread-safe.
 
-    Raises ConfigError for a capacity below 72 KiB (2048 slots), or a branch or query length below 1.
+    Raises ConfigError for a capacity below 72 KiB (2048 slots), or a branch or query length below
+    1.
     """
 
-    def __init__(self, branch_length: int = 16, *, query_length: int = 32, capacity_bytes: int | None = None) -> None:
+    def __init__(
+        self, branch_length: int = 16, *, query_length: int = 32, capacity_bytes: int | None = None
+    ) -> None:
         if branch_length < 1 or query_length < 1:
-            raise ConfigError(f"branch_length {branch_length} and query_length {query_length} must be at least 1")
+            raise ConfigError(
+                f"branch_length {branch_length} and query_length {query_length} must be at least 1"
+            )
         if capacity_bytes is not None and capacity_bytes < MIN_CAPACITY_BYTES:
-            raise ConfigError(f"capacity_bytes {capacity_bytes} is too small: at least {MIN_CAPACITY_BYTES} is needed")
+            raise ConfigError(
+                f"capacity_bytes {capacity_bytes} is too small: at least {MIN_CAPACITY_BYTES} is needed"
+            )
         self._tokens: Ints
         self._pieces: list[int]  # first positions of what is evicted at once, ascending
         self._used: set[int]  # those of them that were touched since they were written
         self._heads: list[Ints]  # by order: slot of an n-gram's hash -> newest position after it
-        self._older: list[Ints]  # by order: slot of a position -> next older position after the same hash
+        self._older: list[
+            Ints
+        ]  # by order: slot of a position -> next older position after the same hash
         self.branch_length = branch_length
         self.query_length = query_length
-        slots = capacity_bytes // _BYTES_PER_SLOT if capacity_bytes is not None else _LAST_POSITION // 2
+        slots = (
+            capacity_bytes // _BYTES_PER_SLOT if capacity_bytes is not None else _LAST_POSITION // 2
+        )
         self._max_size = 1 << (slots.bit_length() - 1)
         self.clear()
 
@@ -79,7 +104,9 @@ class TokenTrie:
         """Forget everything."""
         self._start = self._end = 0
         self._allocate(_FIRST_SIZE)
-        self._start = self._end = _LONGEST  # so that the n-grams of the first token reach back into separators
+        self._start = self._end = (
+            _LONGEST  # so that the n-grams of the first token reach back into separators
+        )
         self._pieces, self._used = [_LONGEST], set()
 
     def __len__(self) -> int:
@@ -104,7 +131,8 @@ class TokenTrie:
     # ---- writing ----
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Append tokens to the current sequence. Of more than half the capacity at once, the last part is kept."""
+        """Append tokens to the current sequence. Of more than half the capacity at once, the last
+        part is kept."""
         tokens = tokens[-(self._max_size // 2) :]
         if self._end + len(tokens) > self._size:
             self._make_room(len(tokens))
@@ -124,7 +152,8 @@ class TokenTrie:
             self._begin_piece()
 
     def touch(self, position: int) -> None:
-        """Mark the sequence (or piece) that holds this position as used, so that eviction spares it once."""
+        """Mark the sequence (or piece) that holds this position as used, so that eviction spares it
+        once."""
         self._used.add(self._pieces[bisect(self._pieces, position) - 1])
 
     def reserve(self, num_tokens: int) -> None:
@@ -135,33 +164,51 @@ class TokenTrie:
 
     # ---- reading ----
 
-    def match(self, query: Sequence[int], limit: int = 16, max_links: int = 64, min_length: int = 1) -> list[Match]:
-        """Positions that follow the longest suffixes of `query` (its last `query_length` tokens), at most `limit`.
+    def match(
+        self, query: Sequence[int], limit: int = 16, max_links: int = 64, min_length: int = 1
+    ) -> list[Match]:
+        """Positions that follow the longest suffixes of `query` (its last `query_length` tokens),
+        at most `limit`.
 
-        The chain of the highest order goes first, newest position first, and each order adds only the matches too
-        short for the order above; `max_links` bounds the walk along each chain, and orders below `min_length` are left
-        out. Sorted longest match first, newest first among equals. With both bounds above the length of
-        the text these are *all* occurrences of all suffixes.
+        The chain of the highest order goes first, newest position first, and each order adds only
+        the matches too short for the order above; `max_links` bounds the walk along each chain, and
+        orders below `min_length` are left out. Sorted longest match first, newest first among
+        equals. With both bounds above the length of the text these are *all* occurrences of all
+        suffixes.
         """
         backwards = query[: -self.query_length - 1 : -1]
         tokens, mask, start, shift = self._tokens, self._mask, self._start, self._shift
-        sums = list(accumulate(map(mul, backwards, _MULTIPLIERS)))  # a multilinear hash: that of order n is the nth
+        sums = list(
+            accumulate(map(mul, backwards, _MULTIPLIERS))
+        )  # a multilinear hash: that of order n is the nth
         least = _ORDER_OF[min_length if min_length < _LONGEST else _LONGEST]
         num_sums, found = len(sums), list[Match]()
-        if num_sums < ORDERS[least] or self._heads[least][(sums[ORDERS[least] - 1] & _WORD) >> shift] <= start:
+        if (
+            num_sums < ORDERS[least]
+            or self._heads[least][(sums[ORDERS[least] - 1] & _WORD) >> shift] <= start
+        ):
             return found  # what a long n-gram leads to, its end leads to as well
         shorter_than = self.query_length + 1
         for i in range(bisect(ORDERS, num_sums) - 1, least - 1, -1):
-            order, older, position = ORDERS[i], self._older[i], self._heads[i][(sums[ORDERS[i] - 1] & _WORD) >> shift]
+            order, older, position = (
+                ORDERS[i],
+                self._older[i],
+                self._heads[i][(sums[ORDERS[i] - 1] & _WORD) >> shift],
+            )
             if position <= start:
                 shorter_than = order
                 continue
-            links, compared = max_links, backwards[:shorter_than]  # all that agree are matches of the order above
+            links, compared = (
+                max_links,
+                backwards[:shorter_than],
+            )  # all that agree are matches of the order above
             num_compared = len(compared)
             while position > start and links:
                 length = 0
                 last = position - 1
-                for token in compared if position - start > num_compared else compared[: position - start]:
+                for token in (
+                    compared if position - start > num_compared else compared[: position - start]
+                ):
                     if tokens[(last - length) & mask] != token:
                         break
                     length += 1
@@ -191,7 +238,10 @@ class TokenTrie:
     def _append(self, tokens: Sequence[int]) -> None:
         """Link a few tokens into the chains, one after the other: `_index` without numpy."""
         held, mask, shift, position = self._tokens, self._mask, self._shift, self._end
-        (heads1, heads2, heads4, heads8), (older1, older2, older4, older8) = self._heads, self._older
+        (heads1, heads2, heads4, heads8), (older1, older2, older4, older8) = (
+            self._heads,
+            self._older,
+        )
         m1, m2, m3, m4, m5, m6, m7, m8 = _MULTIPLIERS
         first = (position - _LONGEST) & mask
         before = held[first : first + _LONGEST]
@@ -223,13 +273,20 @@ class TokenTrie:
 
     def _index(self, positions: npt.NDArray[np.int64]) -> None:
         """Link consecutive positions into the chains, as `_append` does one by one."""
-        before = _view(self._tokens)[np.arange(positions[0] - _LONGEST, positions[-1]) & self._mask].view(np.uint32)
+        before = _view(self._tokens)[
+            np.arange(positions[0] - _LONGEST, positions[-1]) & self._mask
+        ].view(np.uint32)
         hashes = np.zeros(len(positions), np.uint32)
         for n in range(1, _LONGEST + 1):
             hashes += before[_LONGEST - n :][: len(positions)] * np.uint32(_MULTIPLIERS[n - 1])
             if n in ORDERS:
                 i = ORDERS.index(n)
-                self._link(_view(self._heads[i]), _view(self._older[i]), hashes >> np.uint32(self._shift), positions)
+                self._link(
+                    _view(self._heads[i]),
+                    _view(self._older[i]),
+                    hashes >> np.uint32(self._shift),
+                    positions,
+                )
 
     def _link(
         self,
@@ -238,7 +295,9 @@ class TokenTrie:
         slots: npt.NDArray[np.uint32],
         positions: npt.NDArray[np.int64],
     ) -> None:
-        by_slot = np.sort((slots.astype(np.int64) << 32) | positions)  # equal slots side by side, oldest first
+        by_slot = np.sort(
+            (slots.astype(np.int64) << 32) | positions
+        )  # equal slots side by side, oldest first
         slot, position = by_slot >> 32, by_slot & _WORD
         is_first = np.empty(len(slot), np.bool_)
         is_first[0] = True
@@ -250,7 +309,8 @@ class TokenTrie:
         heads[slot] = position  # the last of equal slots wins: the newest
 
     def _allocate(self, size: int) -> None:
-        """Change the number of slots (a power of two); only ever before the ring has turned, so slots stay."""
+        """Change the number of slots (a power of two); only ever before the ring has turned, so
+        slots stay."""
         held = self._tokens[: self._end] if self._end else array("i", [SEPARATOR]) * _LONGEST
         self._size, self._mask, self._shift = size, size - 1, 33 - size.bit_length()
         self._tokens = held + array("i", bytes(4 * (size - len(held))))
@@ -260,7 +320,8 @@ class TokenTrie:
             self._index(np.arange(first, min(first + _CHUNK, self._end)))
 
     def _make_room(self, num_tokens: int) -> None:
-        """Grow, or evict the oldest pieces; used ones move to the front instead, a few times `num_tokens` at most."""
+        """Grow, or evict the oldest pieces; used ones move to the front instead, a few times
+        `num_tokens` at most."""
         self.reserve(num_tokens)
         spared: list[int] = []
         spare_limit, spared_until = min(4 * (num_tokens + _PIECE), self._size // 4), -1

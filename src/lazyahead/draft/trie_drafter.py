@@ -6,29 +6,32 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lazyahead.draft.answers import AnswerLog
-from lazyahead.draft.asked import Pointer, Spell
 from lazyahead.draft.budget import MAX_DEPTH, Acceptance, Step
 from lazyahead.draft.grow import Branch, Mode, grow
+from lazyahead.draft.question_order import Pointer, Spell
 from lazyahead.draft.tree import Draft, Source
 from lazyahead.draft.trie import SEPARATOR, Match, TokenTrie
 from lazyahead.errors import ConfigError, MemoryFileError
 
 
 class TrieDrafter:
-    """The paper's drafter: branches of prompt, answer and remembered answers, merged, likeliest first.
+    """The paper's drafter: branches of prompt, answer and remembered answers, merged, likeliest
+    first.
 
     Args:
         branch_length: depth of a draft, tokens.
         mode: "hierarchical", "parallel" or "single", see `grow`.
-        capacity_bytes: of what is remembered, per namespace; least recently used leaves first. 0: remember nothing,
-            so that requests have no influence on each other at all.
-        log: where what is remembered outlives this object; a namespace is read from it when it is first used.
-        max_matches: occurrences looked at per lookup, in the request's text and in the remembered ones each.
+        capacity_bytes: of what is remembered, per namespace; least recently used leaves first. 0:
+            remember nothing, so that requests have no influence on each other at all.
+        log: where what is remembered outlives this object; a namespace is read from it when it is
+        first used.
+        max_matches: occurrences looked at per lookup, in the request's text and in the remembered
+        ones each.
         decay: vote of an occurrence against the next newer one of the same kind.
         spell: what a token spells, so that a quote is found that begins in another case.
 
-    `remember` adds documents and earlier answers; a request's own text is dropped when the request stops. Not
-    thread-safe. Raises ConfigError for values out of range.
+    `remember` adds documents and earlier answers; a request's own text is dropped when the request
+    stops. Not thread-safe. Raises ConfigError for values out of range.
     """
 
     def __init__(
@@ -45,10 +48,14 @@ class TrieDrafter:
         if mode not in ("hierarchical", "parallel", "single"):
             raise ConfigError(f"mode {mode!r} must be 'hierarchical', 'parallel' or 'single'")
         if max_matches < 1 or not 0.0 < decay <= 1.0:
-            raise ConfigError(f"max_matches {max_matches} must be at least 1, decay {decay} above 0 and at most 1")
+            raise ConfigError(
+                f"max_matches {max_matches} must be at least 1, decay {decay} above 0 and at most 1"
+            )
         if branch_length > MAX_DEPTH:
             raise ConfigError(f"branch_length {branch_length} must be at most {MAX_DEPTH}")
-        TokenTrie(branch_length, capacity_bytes=capacity_bytes or None)  # refuses what it could not hold
+        TokenTrie(
+            branch_length, capacity_bytes=capacity_bytes or None
+        )  # refuses what it could not hold
         self.branch_length = branch_length
         self.mode = mode
         self.capacity_bytes = capacity_bytes
@@ -74,7 +81,9 @@ class TrieDrafter:
                 self.log.append(tokens, namespace)
             except MemoryFileError as error:
                 self.log = None
-                warnings.warn(f"answers are no longer kept on disk: {error}", RuntimeWarning, stacklevel=2)
+                warnings.warn(
+                    f"answers are no longer kept on disk: {error}", RuntimeWarning, stacklevel=2
+                )
 
     def forget(self, namespace: str = "default") -> None:
         """Drop what the namespace remembers, learned acceptance included."""
@@ -88,10 +97,13 @@ class TrieDrafter:
         return shared.nbytes if shared else 0
 
     def namespace(self, name: str = "default") -> "Namespace":
-        """What the namespace remembers, read from the log where it was not yet. Raises MemoryFileError."""
+        """What the namespace remembers, read from the log where it was not yet. Raises
+        MemoryFileError."""
         if name not in self._namespaces:
             capacity = self.capacity_bytes
-            namespace = Namespace(TokenTrie(self.branch_length, capacity_bytes=capacity) if capacity else None)
+            namespace = Namespace(
+                TokenTrie(self.branch_length, capacity_bytes=capacity) if capacity else None
+            )
             if self.log is not None:
                 namespace.load(self.log.answers(name))
             self._namespaces[name] = namespace
@@ -111,7 +123,8 @@ class Namespace:
             self.shared.end_sequence()
 
     def load(self, answers: Iterable[Sequence[int]]) -> None:
-        """Remember many, several at a time: long sequences are indexed ten times as fast as short ones."""
+        """Remember many, several at a time: long sequences are indexed ten times as fast as short
+        ones."""
         together: list[int] = []
         num_at_once = min(self.shared.max_tokens // 8, 1 << 14) if self.shared is not None else 0
         for tokens in answers:
@@ -125,7 +138,8 @@ class Namespace:
 _PATIENCE = 8  # misses in a row before lookups are skipped
 _MAX_SKIP = 7  # lookups skipped at most before one is tried
 _HEADROOM = 2048  # tokens of answer that the prompt's index has room for
-NUM_LEAD = 16  # prompt tokens that are remembered in front of an answer, so that its first tokens are found
+# prompt tokens that are remembered in front of an answer, so that its first tokens are found
+NUM_LEAD = 16
 _NUM_REMATCHES = 3  # occurrences looked at for a guess
 _REMATCH_LEN = 4  # a guess is looked up where this many tokens agree
 _ASKED_LEN = 16  # what is asked next is trusted like a match of this length, until more is known
@@ -136,8 +150,9 @@ _USED_MATCH_LEN = 4  # a shorter match in a remembered text does not count as a 
 class TrieRequest:
     """One running answer of a TrieDrafter.
 
-    Where drafts bring nothing any more (none found, none right, or none worth their rows), lookups are skipped: after 8
-    such steps in a row one, then 3, then 7 before each try, until a draft brings a token again.
+    Where drafts bring nothing any more (none found, none right, or none worth their rows), lookups
+    are skipped: after 8 such steps in a row one, then 3, then 7 before each try, until a draft
+    brings a token again.
     """
 
     def __init__(self, drafter: TrieDrafter, name: str) -> None:
@@ -204,7 +219,16 @@ class TrieRequest:
         if not branches:
             return Draft.EMPTY
         drafter, acceptance = self._drafter, self._namespace.acceptance
-        return grow(branches, acceptance, max_nodes, drafter.mode, drafter.decay, self, drafter.branch_length, step)
+        return grow(
+            branches,
+            acceptance,
+            max_nodes,
+            drafter.mode,
+            drafter.decay,
+            self,
+            drafter.branch_length,
+            step,
+        )
 
     @property
     def announced(self) -> Sequence[int]:
@@ -212,7 +236,8 @@ class TrieRequest:
         return self._pointer.lead if self._pointer is not None else ()
 
     def find(self, path: Sequence[int], is_open: bool) -> list[Branch]:
-        """What follows the text and these guesses, where several tokens agree, or what they announce."""
+        """What follows the text and these guesses, where several tokens agree, or what they
+        announce."""
         branches = list[Branch]()
         if is_open:
             found = self.own.match([*self._recent, *path], _NUM_REMATCHES, 8, _REMATCH_LEN)
@@ -221,11 +246,17 @@ class TrieRequest:
 
     def _asked(self, path: Sequence[int] = ()) -> list[Branch]:
         """What was asked next, where the text and these guesses lead up to it."""
-        found = self._pointer.next(path, self._drafter.branch_length) if self._pointer is not None else None
+        found = (
+            self._pointer.next(path, self._drafter.branch_length)
+            if self._pointer is not None
+            else None
+        )
         if found is None:
             return []
         match_len = _FIRST_LEN if found.is_first else _ASKED_LEN
-        return [Branch(found.tokens, Source.ASKED, match_len, self._prompt_end + found.place, len(path))]
+        return [
+            Branch(found.tokens, Source.ASKED, match_len, self._prompt_end + found.place, len(path))
+        ]
 
     def feedback(self, draft: Draft, tokens: Sequence[int]) -> None:
         if not self._looked_up:
@@ -239,14 +270,23 @@ class TrieRequest:
         if remember and self._drafter.capacity_bytes:
             self._drafter.remember(self._answer, self._name)
         self.own.clear()
-        self._sources, self._run_starts, self._recent, self._answer, self._unread = [], [], [], [], []
+        self._sources, self._run_starts, self._recent, self._answer, self._unread = (
+            [],
+            [],
+            [],
+            [],
+            [],
+        )
 
     def _own_branches(self) -> list[Branch]:
         return self._read(self.own.match(self._recent, self._drafter.max_matches))
 
     def _read(self, matches: list[Match], depth: int = 0) -> list[Branch]:
         branch, sources, starts = self.own.branch, self._sources, self._run_starts
-        return [Branch(branch(at), sources[bisect(starts, at) - 1], match_len, at, depth) for at, match_len in matches]
+        return [
+            Branch(branch(at), sources[bisect(starts, at) - 1], match_len, at, depth)
+            for at, match_len in matches
+        ]
 
     def _shared_branches(self) -> list[Branch]:
         shared = self._namespace.shared
@@ -255,4 +295,7 @@ class TrieRequest:
         matches = shared.match(self._recent, self._drafter.max_matches)
         if matches and matches[0][1] >= _USED_MATCH_LEN:
             shared.touch(matches[0][0])
-        return [Branch(shared.branch(position), Source.MEMORY, match_len, position) for position, match_len in matches]
+        return [
+            Branch(shared.branch(position), Source.MEMORY, match_len, position)
+            for position, match_len in matches
+        ]

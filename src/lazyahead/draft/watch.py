@@ -1,4 +1,5 @@
-"""The cost of rows as it is known now: measured when first needed, and again where passes prove it wrong."""
+"""The cost of rows as it is known now: measured when first needed, and again where passes prove it
+wrong."""
 
 from __future__ import annotations
 
@@ -10,14 +11,17 @@ from lazyahead.draft.budget import RowCost
 _ENOUGH = 32
 """Passes in a row that prove a curve wrong."""
 _WRONG = 0.7
-"""Time of a pass over what the curve says: noise only adds, so a curve that passes keep beating was measured in it."""
+"""Time of a pass over what the curve says: noise only adds, so a curve that passes keep beating was
+measured in it."""
 _MOST_TIMES = 4
-"""Measurements at most: on a machine that never gets quiet, measuring would be most of the noise."""
+"""Measurements at most: on a machine that never gets quiet, measuring would be most of the noise.
+"""
 
 
 class WatchedCost:
-    """Asks `measure` for the curve when it is first needed, and anew where the last passes all took far less than it
-    says, or where it was not sure of itself. Each new measurement waits for eight times as many passes."""
+    """Asks `measure` for the curve when it is first needed, and anew where the last passes all took
+    far less than it says, or where it was not sure of itself. Each new measurement waits for
+    eight times as many passes."""
 
     def __init__(self, measure: Callable[[], RowCost]) -> None:
         self._measure = measure

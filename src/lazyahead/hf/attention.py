@@ -1,7 +1,8 @@
-"""The one attention function: causal by position, for a few rows or many, never a full attention map.
+"""The one attention function: causal by position, for a few rows or many, never a full attention
+map.
 
-Keys stand in order of computation, each with its position. A query row sees the keys at its own position and
-before; a draft row sees, among the drafts, only its ancestors.
+Keys stand in order of computation, each with its position. A query row sees the keys at its own
+position and before; a draft row sees, among the drafts, only its ancestors.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lazyahead.hf.cache import LayerKV
+from lazyahead.cache.kv import LayerKV
 
 _FEW = 64
-"""Up to this many rows, the query heads that share keys are folded into rows: no key is read twice."""
+"""Up to this many rows, the query heads that share keys are folded into rows: no key is read twice.
+"""
 NUM_SINKS = 4
 """First tokens of a text that every row sees: models pay them attention for nothing."""
-_NEAR_BLOCK = 256
+_LOCAL_BLOCK = 256
 """Rows per block where rows see only what is near: larger ones see more that is not."""
 _BLOCK = 512
 """Rows per block where a mask is needed, so that no mask is larger than (512, N)."""
@@ -39,8 +41,9 @@ class Heads(NamedTuple):
     """(H,) one logit per head that takes part in the softmax and leads nowhere."""
 
 
-class Near(NamedTuple):
-    """Rows before position `until` see only the `num_tokens` keys up to their own and the first few of the text."""
+class LocalWindow(NamedTuple):
+    """Rows before position `until` see only the `num_tokens` keys up to their own and the first few
+    of the text."""
 
     num_tokens: int
     until: int
@@ -57,12 +60,14 @@ class Rows(NamedTuple):
     """(M, M) for the last M rows, which are drafts: [i, j] says that j is i or comes before it."""
     masks: dict[tuple[Heads, int], Tensor] | None = None
     """Masks that layers with the same rows and keys share, by heads and how often they repeat."""
-    near: Near | None = None
-    """Where rows see less than all; their positions then rise by one, and every earlier token has its key."""
+    near: LocalWindow | None = None
+    """Where rows see less than all; their positions then rise by one, and every earlier token has
+    its key."""
 
 
 def attend(query: Tensor, kv: LayerKV, rows: Rows, heads: Heads) -> Tensor:
-    """Attention of T rows (query (1, H, T, D)) over a layer's keys, whose last T are the rows' own: (1, H, T, D_v).
+    """Attention of T rows (query (1, H, T, D)) over a layer's keys, whose last T are the rows' own:
+    (1, H, T, D_v).
 
     A row that comes alone is the last of its text: no key lies behind it."""
     num_rows, num_keys = query.shape[2], len(kv)
@@ -71,7 +76,7 @@ def attend(query: Tensor, kv: LayerKV, rows: Rows, heads: Heads) -> Tensor:
     if num_rows == 1 and whole and plain:
         return _fold(query, kv, None, heads)
     if rows.near is not None and heads.window is None and heads.chunk is None:
-        return _attend_near(query, kv, rows, rows.near, heads)
+        return _attend_local(query, kv, rows, rows.near, heads)
     if num_rows == num_keys and rows.ancestors is None and whole and plain and num_rows > 1:
         grouped = query.shape[1] != kv.keys.shape[1]
         return scaled_dot_product_attention(
@@ -95,8 +100,11 @@ class More(NamedTuple):
     """(E,); the others are not there."""
 
 
-def attention_of(query: Tensor, kv: LayerKV, rows: Rows, heads: Heads, more: More | None = None) -> Tensor:
-    """The attention itself, (H, Q, N) in fp32, that the last Q rows (query (1, H, Q, D)) pay: small Q only.
+def attention_of(
+    query: Tensor, kv: LayerKV, rows: Rows, heads: Heads, more: More | None = None
+) -> Tensor:
+    """The attention itself, (H, Q, N) in fp32, that the last Q rows (query (1, H, Q, D)) pay: small
+    Q only.
 
     What `more` keys are paid follows: (H, Q, N + E)."""
     num_queries = query.shape[2]
@@ -114,8 +122,8 @@ def _sees_everything(rows: Rows, heads: Heads) -> bool:
 
 
 def _bias(rows: Rows, kv: LayerKV, heads: Heads, groups: int) -> Tensor:
-    """(G * T, N) what is added to the logits of few rows: 0 where a row sees a key, else -inf. A mask of booleans
-    would be turned into this at every layer."""
+    """(G * T, N) what is added to the logits of few rows: 0 where a row sees a key, else -inf. A
+    mask of booleans would be turned into this at every layer."""
 
     def make() -> Tensor:
         hidden = ~_mask(rows, slice(0, None), kv.positions, heads)
@@ -153,7 +161,9 @@ def _mask(rows: Rows, part: slice, key_positions: Tensor, heads: Heads) -> Tenso
 
 def _attend_block(query: Tensor, start: int, kv: LayerKV, rows: Rows, heads: Heads) -> Tensor:
     num_rows, total = query.shape[2], rows.positions.numel()
-    seen = len(kv) - total + start + num_rows if rows.ancestors is None else len(kv)  # later rows are later keys
+    seen = (
+        len(kv) - total + start + num_rows if rows.ancestors is None else len(kv)
+    )  # later rows are later keys
     keys, values = kv.keys[:, :, :seen], kv.values[:, :, :seen]
     part = slice(start, start + num_rows)
     if num_rows == total:
@@ -163,22 +173,39 @@ def _attend_block(query: Tensor, start: int, kv: LayerKV, rows: Rows, heads: Hea
     if heads.softcap is not None or heads.sinks is not None:
         return _answer(query, keys, values, mask, heads)
     grouped = query.shape[1] != keys.shape[1]
-    return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=heads.scaling, enable_gqa=grouped)
+    return scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, scale=heads.scaling, enable_gqa=grouped
+    )
 
 
-def _attend_near(query: Tensor, kv: LayerKV, rows: Rows, near: Near, heads: Heads) -> Tensor:
-    """Block by block, each over the few keys it sees; the last rows over all. Slots stand by position here."""
+def _attend_local(
+    query: Tensor, kv: LayerKV, rows: Rows, near: LocalWindow, heads: Heads
+) -> Tensor:
+    """Block by block, each over the few keys it sees; the last rows over all. Slots stand by
+    position here."""
     num_rows, first = query.shape[2], rows.last + 1 - query.shape[2]
-    num_near, grouped = min(max(0, near.until - first), num_rows), query.shape[1] != kv.keys.shape[1]
+    num_near, grouped = (
+        min(max(0, near.until - first), num_rows),
+        query.shape[1] != kv.keys.shape[1],
+    )
     blocks, start, mask = [], 0, None
     while start < num_near:
-        size = min(near.num_tokens if first + start == 0 else _NEAR_BLOCK, num_near - start)
+        size = min(near.num_tokens if first + start == 0 else _LOCAL_BLOCK, num_near - start)
         low, end = first + start + 1 - near.num_tokens, first + start + size
         parts = (slice(0, end),) if low <= NUM_SINKS else (slice(0, NUM_SINKS), slice(low, end))
-        keys, values = (torch.cat([of[:, :, part] for part in parts], 2) for of in (kv.keys, kv.values))
-        if mask is None or len(parts) == 1 or mask.shape != (size, keys.shape[2]):  # further on all blocks look alike
-            queries, places = rows.positions[start : start + size, None], torch.cat([kv.positions[at] for at in parts])
-            mask = (places <= queries) & ((places > queries - near.num_tokens) | (places < NUM_SINKS))
+        keys, values = (
+            torch.cat([of[:, :, part] for part in parts], 2) for of in (kv.keys, kv.values)
+        )
+        if (
+            mask is None or len(parts) == 1 or mask.shape != (size, keys.shape[2])
+        ):  # further on all blocks look alike
+            queries, places = (
+                rows.positions[start : start + size, None],
+                torch.cat([kv.positions[at] for at in parts]),
+            )
+            mask = (places <= queries) & (
+                (places > queries - near.num_tokens) | (places < NUM_SINKS)
+            )
             bias = query.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
         block = query[:, :, start : start + size]
         if heads.softcap is not None or heads.sinks is not None:
@@ -207,11 +234,15 @@ def _fold(query: Tensor, kv: LayerKV, bias: Tensor | None, heads: Heads) -> Tens
     """Grouped heads as extra rows: (1, H, T, D) -> (1, H_kv, G * T, D) and back."""
     num_heads, num_rows, num_kv = query.shape[1], query.shape[2], kv.keys.shape[1]
     folded = query.reshape(1, num_kv, num_heads // num_kv * num_rows, -1)
-    out = scaled_dot_product_attention(folded, kv.keys, kv.values, attn_mask=bias, scale=heads.scaling)
+    out = scaled_dot_product_attention(
+        folded, kv.keys, kv.values, attn_mask=bias, scale=heads.scaling
+    )
     return out.view(1, num_heads, num_rows, -1)
 
 
-def _weights(query: Tensor, keys: Tensor, mask: Tensor | None, heads: Heads, more: More | None = None) -> Tensor:
+def _weights(
+    query: Tensor, keys: Tensor, mask: Tensor | None, heads: Heads, more: More | None = None
+) -> Tensor:
     """Softmax of the logits in fp32, (1, H_kv, G * T, N), those of `more` keys behind them."""
     num_heads, num_rows, num_kv = query.shape[1], query.shape[2], keys.shape[1]
     groups = num_heads // num_kv
@@ -220,10 +251,17 @@ def _weights(query: Tensor, keys: Tensor, mask: Tensor | None, heads: Heads, mor
     if mask is not None:
         logits = logits.masked_fill(~mask.repeat(groups, 1), -torch.inf)
     if more is not None:
-        logits = torch.cat([logits, _logits(folded, more.keys, heads).masked_fill_(~more.is_live, -torch.inf)], -1)
+        logits = torch.cat(
+            [logits, _logits(folded, more.keys, heads).masked_fill_(~more.is_live, -torch.inf)], -1
+        )
     if heads.sinks is None:
         return logits.softmax(-1)
-    sinks = heads.sinks.float().view(1, num_kv, groups, 1).expand(-1, -1, -1, num_rows).reshape(1, num_kv, -1, 1)
+    sinks = (
+        heads.sinks.float()
+        .view(1, num_kv, groups, 1)
+        .expand(-1, -1, -1, num_rows)
+        .reshape(1, num_kv, -1, 1)
+    )
     return torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
 
 

@@ -1,4 +1,5 @@
-"""Loading a model from a folder or a hub name: safetensors only, no remote code, one clear sentence when it fails."""
+"""Loading a model from a folder or a hub name: safetensors only, no remote code, one clear sentence
+when it fails."""
 
 from __future__ import annotations
 
@@ -10,19 +11,31 @@ import torch
 from huggingface_hub import constants, get_session, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from lazyahead.errors import ConfigError, ModelNotFoundError, OutOfMemoryError, UnsupportedModelError
+from lazyahead.errors import (
+    ConfigError,
+    ModelNotFoundError,
+    OutOfMemoryError,
+    UnsupportedModelError,
+)
 
 T = TypeVar("T")
 NETWORK_TIMEOUT_S = 5.0
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, Any]:
     """Model (in eval mode) and tokenizer.
 
-    Raises ConfigError for an unknown dtype or device, ModelNotFoundError when there is nothing to load,
-    UnsupportedModelError when transformers does not know the architecture.
+    Raises ConfigError for an unknown dtype or device, ModelNotFoundError when there is nothing to
+    load, UnsupportedModelError when transformers does not know the architecture.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -32,7 +45,9 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrain
         model, tokenizer = _nearest(name, lambda **where: _parts(name, dtype, **where))
         return model.eval().to(target), tokenizer
     except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(f"{name} does not fit on {target}; choose a smaller model or dtype") from error
+        raise OutOfMemoryError(
+            f"{name} does not fit on {target}; choose a smaller model or dtype"
+        ) from error
     except OSError as error:
         reason = _first_line(error)
         raise ModelNotFoundError(f"cannot load model {name!r}: {reason}") from None
@@ -41,7 +56,8 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrain
 
 
 def _nearest(name: str, get: Callable[..., T]) -> T:
-    """From the hub's local cache where it is all there, else from the network: a cached model waits for nobody."""
+    """From the hub's local cache where it is all there, else from the network: a cached model waits
+    for nobody."""
     if not Path(name).exists():
         try:
             return get(local_files_only=True)
@@ -51,9 +67,12 @@ def _nearest(name: str, get: Callable[..., T]) -> T:
 
 
 def _check_network(name: str) -> None:
-    """One quick look, as the hub retries for half a minute. Raises ModelNotFoundError where nobody answers."""
+    """One quick look, as the hub retries for half a minute. Raises ModelNotFoundError where nobody
+    answers."""
     if constants.HF_HUB_OFFLINE:
-        raise ModelNotFoundError(f"{name!r} is not in the local cache and HF_HUB_OFFLINE is set; give a model folder")
+        raise ModelNotFoundError(
+            f"{name!r} is not in the local cache and HF_HUB_OFFLINE is set; give a model folder"
+        )
     try:
         get_session().head(constants.ENDPOINT, timeout=NETWORK_TIMEOUT_S)
     except Exception as error:
@@ -67,20 +86,28 @@ def _check_network(name: str) -> None:
 def _parts(name: str, dtype: str, **where: bool) -> tuple[PreTrainedModel, Any]:
     """The tokenizer first: it is small, and says at once that there is nothing.
 
-    Without its files some families would make an empty one up, so that the cache must have one of them.
+    Without its files some families would make an empty one up, so that the cache must have one of
+    them.
     """
-    if where and not any(isinstance(try_to_load_from_cache(name, file), str) for file in VOCABULARIES):
+    if where and not any(
+        isinstance(try_to_load_from_cache(name, file), str) for file in VOCABULARIES
+    ):
         raise OSError(f"the local cache has no tokenizer of {name!r}")
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
     return _weights(name, dtype, "sdpa", **where), tokenizer
 
 
 def _weights(name: str, dtype: str, attention: str, **where: bool) -> PreTrainedModel:
-    """The model with `attention`, or eager where the family refuses it; never what its config asks for, which may be
-    code from elsewhere."""
+    """The model with `attention`, or eager where the family refuses it; never what its config asks
+    for, which may be code from elsewhere."""
     try:
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation=attention, **where
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation=attention,
+            **where,
         )
     except ValueError as error:
         if attention == "eager" or "scaled_dot_product_attention" not in str(error):
@@ -123,10 +150,14 @@ def _check_folder(name: str) -> None:
     folder = Path(name)
     if not folder.exists():
         if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
-            raise ModelNotFoundError(f"no model folder at {name!r}; check the path, or give a hub name as owner/name")
+            raise ModelNotFoundError(
+                f"no model folder at {name!r}; check the path, or give a hub name as owner/name"
+            )
         return
     if not folder.is_dir():
-        raise ModelNotFoundError(f"{name!r} is a file; give the folder that holds config.json and the weights")
+        raise ModelNotFoundError(
+            f"{name!r} is a file; give the folder that holds config.json and the weights"
+        )
     if not (folder / "config.json").exists():
         raise ModelNotFoundError(f"{name!r} holds no config.json, so it is no model folder")
     if not list(folder.glob("*.safetensors")):
@@ -139,7 +170,9 @@ def model_config(name: str) -> Any:
     """The config alone. Raises as `load`."""
     _check_folder(name)
     try:
-        return _nearest(name, lambda **where: AutoConfig.from_pretrained(name, trust_remote_code=False, **where))
+        return _nearest(
+            name, lambda **where: AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
+        )
     except OSError as error:
         raise ModelNotFoundError(f"cannot load model {name!r}: {_first_line(error)}") from None
     except (ValueError, KeyError) as error:

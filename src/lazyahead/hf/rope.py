@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lazyahead.hf.look import Unfit
+from lazyahead.hf.trace import Unfit
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Rope:
 
     @contextmanager
     def as_new(self) -> Iterator[None]:
-        """Afterwards the modules remember nothing of what ran inside: no pass changes the tables of another."""
+        """Afterwards the modules remember nothing of what ran inside: no pass changes the tables of
+        another."""
         before = [({**vars(module)}, {**module._buffers}) for module in self.modules]
         try:
             yield
@@ -39,7 +40,8 @@ class Rope:
 
 
 def growing_rope(model: nn.Module) -> Rope | None:
-    """Asks the rotary modules, since configs also name what a family then does not do; None: tables never change."""
+    """Asks the rotary modules, since configs also name what a family then does not do; None: tables
+    never change."""
     found: list[nn.Module] = []
     limits: list[int] = []
     keeps_changing = False
@@ -50,12 +52,16 @@ def growing_rope(model: nn.Module) -> Rope | None:
                 continue
             found.append(module)
             keeps_changing |= kind != "longrope"
-            limits.append(_limit(module, name) if kind == "longrope" else int(module.original_max_seq_len))  # type: ignore[arg-type]
+            limits.append(
+                _limit(module, name) if kind == "longrope" else int(module.original_max_seq_len)
+            )  # type: ignore[arg-type]
     return Rope(tuple(found), min(limits), keeps_changing) if found else None
 
 
 def _limit(module: Any, name: str | None) -> int:
-    parameters = module.config.rope_parameters if name is None else module.config.rope_parameters[name]
+    parameters = (
+        module.config.rope_parameters if name is None else module.config.rope_parameters[name]
+    )
     limit = parameters.get("original_max_position_embeddings")
     if not isinstance(limit, int):
         raise Unfit("its rotary tables change at a length that its config does not name")

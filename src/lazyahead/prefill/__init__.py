@@ -1,1 +1,2 @@
-"""Reading lazily: which prompt tokens go on, which wait, which come back (LazyLLM, arXiv 2407.14057)."""
+"""Reading lazily: which prompt tokens go on, which wait, which come back (LazyLLM, arXiv
+2407.14057)."""

@@ -7,7 +7,8 @@ from math import ceil
 from typing import NamedTuple
 
 Schedule = tuple[tuple[float, float], ...]
-"""Pairs of depth (fraction of the layers already passed) and keep ratio (fraction of the prompt that goes on)."""
+"""Pairs of depth (fraction of the layers already passed) and keep ratio (fraction of the prompt
+that goes on)."""
 
 
 class Boundary(NamedTuple):
@@ -21,13 +22,15 @@ class Boundary(NamedTuple):
         return max(1, min(num_tokens, ceil(self.keep_ratio * num_tokens)))
 
 
-def boundaries(schedule: Schedule, attends_fully: Sequence[bool], needs_attention: bool = True) -> tuple[Boundary, ...]:
+def boundaries(
+    schedule: Schedule, attends_fully: Sequence[bool], needs_attention: bool = True
+) -> tuple[Boundary, ...]:
     """Places a schedule on a model's layers.
 
-    `attends_fully[l]` says that layer l sees every earlier token. A boundary whose layer below sees only a window
-    would be blind beyond it, so it moves down to the next layer whose predecessor sees everything, if there is one.
-    Two pairs that land on the same layer become the stricter one. A scorer that looks at no attention may cut at
-    layer 0.
+    `attends_fully[l]` says that layer l sees every earlier token. A boundary whose layer below sees
+    only a window would be blind beyond it, so it moves down to the next layer whose predecessor
+    sees everything, if there is one. Two pairs that land on the same layer become the stricter one.
+    A scorer that looks at no attention may cut at layer 0.
     """
     num_layers = len(attends_fully)
     placed: dict[int, float] = {}
@@ -36,7 +39,9 @@ def boundaries(schedule: Schedule, attends_fully: Sequence[bool], needs_attentio
         if needs_attention and any(attends_fully):
             layer = next((at for at in range(layer, num_layers) if attends_fully[at - 1]), layer)
         placed[layer] = min(keep_ratio, placed.get(layer, 1.0))
-    return tuple(Boundary(layer, placed[layer]) for layer in sorted(placed) if 0 <= layer < num_layers)
+    return tuple(
+        Boundary(layer, placed[layer]) for layer in sorted(placed) if 0 <= layer < num_layers
+    )
 
 
 def kept_by_layer(placed: Sequence[Boundary], num_layers: int, num_tokens: int) -> tuple[int, ...]:
@@ -49,7 +54,8 @@ def kept_by_layer(placed: Sequence[Boundary], num_layers: int, num_tokens: int) 
 
 
 class LayerShape(NamedTuple):
-    """What one decoder layer costs: weights that each token multiplies with, and width of its attention."""
+    """What one decoder layer costs: weights that each token multiplies with, and width of its
+    attention."""
 
     num_weights: int
     attention_width: int
@@ -58,30 +64,48 @@ class LayerShape(NamedTuple):
     """Those of the weights that make queries, keys and values."""
 
 
-def near_layers(placed: Sequence[Boundary], num_layers: int, looks_from: float) -> int:
-    """How many of the first layers may look only at what is near: where anything is cut, those before the first
-    boundary, and before the depth from which scorers look far."""
+def num_local_layers(placed: Sequence[Boundary], num_layers: int, score_from_depth: float) -> int:
+    """How many of the first layers may look only at what is near: where anything is cut, those
+    before the first boundary, and before the depth from which scorers look far."""
     if all(boundary.keep_ratio == 1 for boundary in placed):
         return 0
-    return min(*(boundary.layer for boundary in placed), round(looks_from * num_layers))
+    return min(*(boundary.layer for boundary in placed), round(score_from_depth * num_layers))
 
 
-def prefill_flops(counts: Sequence[int], shape: LayerShape, near: int = 0, num_near: int = 0) -> float:
-    """Floating-point operations of a prefill that computes `counts[l]` tokens at layer l, causal attention included.
+def prefill_flops(
+    counts: Sequence[int], shape: LayerShape, near: int = 0, num_near: int = 0
+) -> float:
+    """Floating-point operations of a prefill that computes `counts[l]` tokens at layer l, causal
+    attention included.
 
     In the first `num_near` layers a token attends to `near` tokens, if `near` is not 0.
     """
     per_token = 2.0 * shape.num_weights
     spans = [min(n, near) if near and layer < num_near else n for layer, n in enumerate(counts)]
     pairs = [n * span - span * span / 2 for n, span in zip(counts, spans, strict=True)]
-    return sum(n * per_token + 4.0 * pair * shape.attention_width for n, pair in zip(counts, pairs, strict=True))
+    return sum(
+        n * per_token + 4.0 * pair * shape.attention_width
+        for n, pair in zip(counts, pairs, strict=True)
+    )
 
 
 def ahead_flops(
-    placed: Sequence[Boundary], counts: Sequence[int], shape: LayerShape, ahead: float, looks_from: float = 0.0
+    placed: Sequence[Boundary],
+    counts: Sequence[int],
+    shape: LayerShape,
+    ahead: float,
+    score_from_depth: float = 0.0,
 ) -> float:
-    """What scorers that run ahead to the depth `ahead` add: queries, keys and values of all that stands at a boundary,
-    at each layer on the way from `looks_from` on. The few rows that run cost next to nothing."""
-    until, first = min(round(ahead * len(counts)), len(counts) - 1), round(looks_from * len(counts))
-    standing = sum(counts[at.layer - 1] * max(0, until - max(first, at.layer)) for at in placed if at.keep_ratio < 1)
+    """What scorers that run ahead to the depth `ahead` add: queries, keys and values of all that
+    stands at a boundary, at each layer on the way from `score_from_depth` on. The few rows that
+    run cost next to nothing."""
+    until, first = (
+        min(round(ahead * len(counts)), len(counts) - 1),
+        round(score_from_depth * len(counts)),
+    )
+    standing = sum(
+        counts[at.layer - 1] * max(0, until - max(first, at.layer))
+        for at in placed
+        if at.keep_ratio < 1
+    )
     return 2.0 * standing * shape.num_projected

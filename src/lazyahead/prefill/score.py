@@ -1,69 +1,106 @@
-"""Scorers: how much each token matters to the rows that are about to speak.
+"""Scorers: how much each prompt token matters to the last rows of the prompt.
 
-A scorer is a frozen dataclass with `queries`, the number of last rows in flight whose attention it wants to see,
-and one method. Add one here, in `SCORERS`, and in the test matrix.
+A scorer needs two members: `window_size`, the number of last rows whose attention it reads, and
+`__call__(attention, positions)`, which turns that attention into one score a token. Everything
+else is optional (see `Scorer`). To add one, write a frozen dataclass with these two members and
+pass it as `LazyPrefill(scorer=...)`; put it into `SCORERS` to let profiles on disk name it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
-
-import torch
-from torch import Tensor
-from torch.nn.functional import max_pool1d
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lazyahead.errors import ConfigError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 class Scorer(Protocol):
-    """What a boundary asks: one score per token that has keys at the layer below."""
+    """What `LazyPrefill` needs of a scorer.
+
+    Optional attributes, each 0 where a scorer lacks it (read them through `AheadRange.of` and
+    `reach_of`): `score_to_depth` and `score_from_depth`, fractions of the layers between which the
+    last rows run ahead of the rest of the prompt to be scored there; `reach`, the number of
+    neighbouring positions on each side that belong with a token.
+    """
 
     @property
-    def queries(self) -> int:
-        """Rows of attention needed; 0 where the scorer looks at none."""
-
-    @property
-    def ahead(self) -> float:
-        """Depth, as a fraction of the layers, up to which those rows run ahead of the prompt; 0: they do not."""
-
-    @property
-    def looks_from(self) -> float:
-        """Depth from which they look at the whole prompt on their way; before it, at what is near."""
-
-    @property
-    def reach(self) -> int:
-        """How far from a token, by position, its neighbours matter with it."""
+    def window_size(self) -> int:
+        """Last rows of the prompt whose attention is scored; 0 for a scorer that reads none."""
 
     def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
-        """Attention (H, Q, N) of the last Q rows, and the N tokens' positions, to scores (N,)."""
-
-
-class _Alone:
-    """Scorers whose rows stay where they are, and to which each token matters by itself."""
-
-    @property
-    def ahead(self) -> float:
-        return 0.0
-
-    @property
-    def looks_from(self) -> float:
-        return 0.0
-
-    @property
-    def reach(self) -> int:
-        return 0
+        """Attention (H, Q, N) of the last Q rows and the N tokens' positions to scores (N,)."""
 
 
 @dataclass(frozen=True)
-class LastToken(_Alone):
-    """The paper's eq. 1: s_i = mean over heads of the attention that the last row pays to token i."""
+class AheadRange:
+    """The depths, as fractions of the layers, between which a scorer's rows run ahead."""
 
-    queries: int = 1
+    start: float = 0.0
+    stop: float = 0.0
+
+    @classmethod
+    def of(cls, scorer: Scorer) -> AheadRange:
+        """Both 0 for a scorer that does not run ahead."""
+        start = getattr(scorer, "score_from_depth", 0.0)
+        return cls(float(start), float(getattr(scorer, "score_to_depth", 0.0)))
+
+    def layers(self, num_layers: int) -> range:
+        """The layers whose attention is scored, the last layer of the model excepted."""
+        stop = min(round(self.stop * num_layers), num_layers - 1)
+        return range(round(self.start * num_layers), stop)
+
+
+def reach_of(scorer: Scorer) -> int:
+    """Neighbouring positions on each side that belong with a token; 0 where not stated."""
+    return int(getattr(scorer, "reach", 0))
+
+
+def scorer_name(scorer: Scorer) -> str:
+    """The name in `SCORERS`, else `module:Class` of a scorer that is not built in."""
+    kind = type(scorer)
+    built_in = {known: name for name, known in SCORERS.items()}
+    return built_in.get(kind, f"{kind.__module__}:{kind.__qualname__}")
+
+
+def scorer_to_dict(scorer: Scorer) -> dict[str, Any]:
+    """Name and settings. A scorer that is no dataclass is described by its `repr`."""
+    if is_dataclass(scorer):
+        values = {field.name: getattr(scorer, field.name) for field in fields(scorer)}
+        return {"name": scorer_name(scorer), **values}
+    return {"name": scorer_name(scorer), "repr": repr(scorer)}
+
+
+def scorer_from_dict(values: Any) -> Scorer:
+    """The inverse of `scorer_to_dict`. Raises ConfigError for a name that is not in `SCORERS`."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"scorer must be a table with a name, got {values!r}")
+    settings = dict(values)
+    name = settings.pop("name", None)
+    if name not in SCORERS:
+        raise ConfigError(
+            f"no scorer is called {name!r}; there are {', '.join(SCORERS)} (add your own class to "
+            "lazyahead.prefill.score.SCORERS before loading)"
+        )
+    try:
+        return SCORERS[name](**settings)
+    except TypeError as error:
+        raise ConfigError(f"not a setting of the scorer {name!r}: {error}") from None
+
+
+@dataclass(frozen=True)
+class LastToken:
+    """The paper's eq. 1: s_i = mean over heads of the attention that the last row pays token i."""
+
+    window_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.queries != 1:
-            raise ConfigError(f"LastToken looks at 1 row, got queries={self.queries}; use Window for more")
+        if self.window_size != 1:
+            raise ConfigError(
+                f"LastToken reads 1 row, got window_size={self.window_size}; use Window for more"
+            )
 
     def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
         return attention[:, -1].mean(0)  # (H, 1, N) -> (N,)
@@ -71,57 +108,72 @@ class LastToken(_Alone):
 
 @dataclass(frozen=True)
 class Window:
-    """The last `queries` rows; strongest over rows, mean over heads, spread over `pool` neighbours by position.
+    """The last `window_size` rows: mean over heads, maximum over rows, maximum over `kernel_size`
+    neighbours by position.
 
-    With `ahead`, a fraction of the layers, these rows first run on to that depth while the rest of the prompt stands
-    still: each layer's keys and values are made from the states that stand at the boundary. Models find things in
-    their middle layers; this asks them there, and still cuts before them. What was seen that way is thrown away.
-    Before the depth `looks_from` these rows look only at what is near: what attention says there leads nowhere.
+    With `score_to_depth` > 0 these rows run ahead: at a boundary they are computed through the
+    next layers, up to that fraction of the depth, while the rest of the prompt stays where it is
+    (its keys and values there are made from its hidden states at the boundary). The score is the
+    maximum over the layers from `score_from_depth` on. What they computed is thrown away.
     """
 
-    queries: int = 16
-    pool: int = 7
-    ahead: float = 0.0
-    looks_from: float = 0.0
+    window_size: int = 16
+    kernel_size: int = 7
+    score_to_depth: float = 0.0
+    score_from_depth: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.queries < 1:
-            raise ConfigError(f"Window needs at least 1 query row, got queries={self.queries}")
-        if self.pool < 1 or self.pool % 2 == 0:
-            raise ConfigError(f"Window pools over an odd number of neighbours, got pool={self.pool}")
-        if not 0 <= self.ahead < 1:
-            raise ConfigError(f"ahead must be in 0..1 (a fraction of the layers), got {self.ahead}")
-        if not 0 <= self.looks_from <= self.ahead:
-            raise ConfigError(f"looks_from must be in 0..ahead ({self.ahead}), got {self.looks_from}")
+        if self.window_size < 1:
+            raise ConfigError(f"Window needs at least 1 row, got window_size={self.window_size}")
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ConfigError(
+                f"Window pools over an odd number of neighbours, got kernel_size={self.kernel_size}"
+            )
+        if not 0 <= self.score_to_depth < 1:
+            raise ConfigError(
+                f"score_to_depth must be in 0..1 (a fraction of the layers), got {self.score_to_depth}"
+            )
+        if not 0 <= self.score_from_depth <= self.score_to_depth:
+            raise ConfigError(
+                f"score_from_depth must be in 0..score_to_depth ({self.score_to_depth}), "
+                f"got {self.score_from_depth}"
+            )
 
     @property
     def reach(self) -> int:
-        return self.pool // 2
+        return self.kernel_size // 2
 
     def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
         scores = attention.mean(0).amax(0)  # (H, Q, N) -> (N,)
-        if self.pool == 1:
-            return scores
-        order = positions.argsort()
-        pooled = max_pool1d(scores[order][None, None], self.pool, stride=1, padding=self.pool // 2)[0, 0]
-        return torch.empty_like(scores).index_copy_(0, order, pooled)
+        return max_pool(scores, positions, self.kernel_size)
 
 
 @dataclass(frozen=True)
-class Random(_Alone):
-    """Looks at nothing: the random token drop that the paper compares with."""
+class Random:
+    """Reads no attention: the random token drop that the paper compares with."""
 
     seed: int = 0
-    queries: int = 0
+    window_size: int = 0
 
     def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
+        import torch
+
         generator = torch.Generator().manual_seed(self.seed)
         table = torch.rand(int(positions.max()) + 1, generator=generator).to(positions.device)
-        return table[positions]  # a function of the position, so that kept sets are nested by depth
+        return table[positions]  # a function of the position, so that kept sets are nested
 
 
-SCORERS: dict[str, type[LastToken] | type[Window] | type[Random]] = {
-    "last_token": LastToken,
-    "window": Window,
-    "random": Random,
-}
+def max_pool(scores: Tensor, positions: Tensor, kernel_size: int) -> Tensor:
+    """Each token's maximum over `kernel_size` neighbours by position. Scores and positions (N,)."""
+    if kernel_size == 1:
+        return scores
+    from torch.nn.functional import max_pool1d
+
+    order = positions.argsort()
+    rows = scores[order][None, None]  # (1, 1, N)
+    pooled = max_pool1d(rows, kernel_size, stride=1, padding=kernel_size // 2)[0, 0]
+    return scores.new_empty(scores.shape).index_copy_(0, order, pooled)
+
+
+SCORERS: dict[str, type[Any]] = {"last_token": LastToken, "window": Window, "random": Random}
+"""Scorers that a profile on disk can name."""

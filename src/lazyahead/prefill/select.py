@@ -1,7 +1,7 @@
 """Which tokens go on: rules over scores. Tensors in, masks out; no model, no state.
 
-Equal scores are common (pooling, windows, underflow) and go by slot, so that the choice does not depend on which
-other rows share the pass.
+Equal scores are common (pooling, windows, underflow) and go by slot, so that the choice does not
+depend on which other rows share the pass.
 """
 
 from __future__ import annotations
@@ -28,16 +28,24 @@ def demanded(scores: Tensor, waiting: Tensor, threshold: float, limit: int) -> T
     return _first(scores.masked_fill(~hits, -torch.inf), limit)
 
 
-def quoted(paid: Tensor, hits: Tensor, positions: Tensor, waiting: Tensor, limit: int, reach: int) -> Tensor:
-    """What comes back for one row that pays (N,) and hits (N,): of the `waiting` tokens those within `reach` of a hit,
-    at most `limit`. The best hit comes first with what stands around it, nearest first and before that what follows.
-    A mask (N,)."""
+def quoted(
+    paid: Tensor, hits: Tensor, positions: Tensor, waiting: Tensor, limit: int, reach: int
+) -> Tensor:
+    """What comes back for one row that pays (N,) and hits (N,): of the `waiting` tokens those
+    within `reach` of a hit, at most `limit`. The best hit comes first with what stands around
+    it, nearest first and before that what follows. A mask (N,)."""
     num_hits = min(limit, int(hits.sum()))
     if not num_hits:
         return torch.zeros_like(waiting)
-    centres = positions[paid.masked_fill(~hits, -torch.inf).sort(descending=True, stable=True).indices[:num_hits]]
+    centres = positions[
+        paid.masked_fill(~hits, -torch.inf).sort(descending=True, stable=True).indices[:num_hits]
+    ]
     ahead = positions[:, None] - centres  # (N, M)
-    ranks = torch.arange(num_hits, device=positions.device) * (2 * reach + 2) + 2 * ahead.abs() + (ahead < 0)
+    ranks = (
+        torch.arange(num_hits, device=positions.device) * (2 * reach + 2)
+        + 2 * ahead.abs()
+        + (ahead < 0)
+    )
     far = torch.iinfo(ranks.dtype).max
     best = ranks.masked_fill((ahead.abs() > reach) | ~waiting[:, None], far).amin(1)
     chosen = torch.zeros_like(waiting)

@@ -1,7 +1,9 @@
-"""The built-in reader: a small model that answers questions about documents of its own little world.
+"""The built-in reader: a small model that answers questions about documents of its own little
+world.
 
-`reader_path()` is a folder any tool that knows Hugging Face models can load; `samples()` draws documents with questions
-and answers from the world the reader was trained on; `score()` measures an answer as LongBench measures its category.
+`reader_path()` is a folder any tool that knows Hugging Face models can load; `samples()` draws
+documents with questions and answers from the world the reader was trained on; `score()` measures an
+answer as LongBench measures its category.
 """
 
 from pathlib import Path
@@ -16,4 +18,13 @@ def reader_path() -> Path:
     return Path(__file__).parent / "weights"
 
 
-__all__ = ["CATEGORIES", "WORKLOADS", "Sample", "format_prompt", "reader_path", "samples", "score", "user_message"]
+__all__ = [
+    "CATEGORIES",
+    "WORKLOADS",
+    "Sample",
+    "format_prompt",
+    "reader_path",
+    "samples",
+    "score",
+    "user_message",
+]

@@ -1,4 +1,5 @@
-"""Training batches: a pure function of (stage, step), so that training resumes with nothing but the step number."""
+"""Training batches: a pure function of (stage, step), so that training resumes with nothing but the
+step number."""
 
 import random
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ TASK_WEIGHTS = {
     "code": 1.5,
     "rag": 1.5,
 }
-# A label is two or three tokens where other answers are fifteen and more: without emphasis it is hardly heard.
+# A label is two or three tokens where other answers are fifteen and more: without emphasis it is
+# hardly heard.
 EMPHASIS = {"few_shot": 4.0}
 ONCE = {"summarization", "few_shot"}  # two of these in one sequence would contradict each other
 
@@ -41,7 +43,8 @@ class Batch:
 
 
 def make_batch(stage: Stage, step: int, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Batch:
-    """The batch of one global step; another seed draws other pages, for weights that have seen these."""
+    """The batch of one global step; another seed draws other pages, for weights that have seen
+    these."""
     rng = random.Random(f"train {seed} {step}")
     texts, positions = [], []
     for _ in range(stage.batch):
@@ -54,8 +57,11 @@ def make_batch(stage: Stage, step: int, tokenizer: PreTrainedTokenizerBase, seed
     return Batch(torch.tensor(token_ids), torch.tensor(weights), torch.tensor(positions))
 
 
-def _repeated_spans(rng: random.Random, length: int, vocab_size: int) -> tuple[list[int], list[float]]:
-    """Random tokens of which spans come again; only the repetitions can be, and have to be, predicted."""
+def _repeated_spans(
+    rng: random.Random, length: int, vocab_size: int
+) -> tuple[list[int], list[float]]:
+    """Random tokens of which spans come again; only the repetitions can be, and have to be,
+    predicted."""
     ids: list[int] = []
     weights: list[float] = []
     while len(ids) < length:
@@ -74,14 +80,17 @@ def _repeated_spans(rng: random.Random, length: int, vocab_size: int) -> tuple[l
 def _packed_pages(
     rng: random.Random, stage: Stage, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[float]]:
-    """Pages with their questions, one after the other; later pages see earlier ones, which only makes it harder."""
+    """Pages with their questions, one after the other; later pages see earlier ones, which only
+    makes it harder."""
     length = stage.length + 1
     ids: list[int] = []
     weights: list[float] = []
     tasks = dict(TASK_WEIGHTS)
     while length - len(ids) > 160:
         room = length - len(ids)
-        tokens = rng.randint(100, 300) if rng.random() < stage.dense else room * rng.uniform(0.4, 0.9)
+        tokens = (
+            rng.randint(100, 300) if rng.random() < stage.dense else room * rng.uniform(0.4, 0.9)
+        )
         category = rng.choices(list(tasks), list(tasks.values()))[0]
         if category in ONCE:
             del tasks[category]
@@ -95,7 +104,11 @@ def _packed_pages(
 
 
 def _encode(
-    rng: random.Random, page: Page, room: int, tokenizer: PreTrainedTokenizerBase, emphasis: float = 1.0
+    rng: random.Random,
+    page: Page,
+    room: int,
+    tokenizer: PreTrainedTokenizerBase,
+    emphasis: float = 1.0,
 ) -> tuple[list[int], list[float]]:
     """A page as tokens and weights, with as many of its questions as fit into `room` tokens.
 
@@ -111,12 +124,15 @@ def _encode(
         if len(ids) + len(asked) + len(answered) + len(after) > room:
             break
         ids += asked + answered + after
-        weights += [0.0] * len(asked) + [ANSWER_WEIGHT * emphasis] * len(answered) + [0.0] * len(after)
+        weights += (
+            [0.0] * len(asked) + [ANSWER_WEIGHT * emphasis] * len(answered) + [0.0] * len(after)
+        )
     return ids, weights
 
 
 def _positions(rng: random.Random, length: int) -> list[int]:
-    """Positions 0, 1, 2 …, for every other sequence with jumps: long positions at the price of short sequences."""
+    """Positions 0, 1, 2 …, for every other sequence with jumps: long positions at the price of
+    short sequences."""
     positions = list(range(length))
     if rng.random() < 0.5:
         count = rng.randint(1, 8)

@@ -20,8 +20,11 @@ class Progress:
     seconds: float = 0.0
 
 
-def save_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Writes a new folder and then points `latest.json` at it; an interruption leaves the previous one valid."""
+def save_checkpoint(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
+) -> None:
+    """Writes a new folder and then points `latest.json` at it; an interruption leaves the previous
+    one valid."""
     name = f"step-{progress.step:06d}"
     target = folder / name
     target.mkdir(parents=True, exist_ok=True)
@@ -36,7 +39,9 @@ def save_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim
             shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+def load_checkpoint(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> Progress:
     """Restores model and optimizer in place; returns a fresh Progress where nothing was saved."""
     pointer = folder / "latest.json"
     if not pointer.exists():
@@ -48,11 +53,15 @@ def load_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
             keys = [key for key in states if key.startswith(f"{name}/")]
-            optimizer.state[parameter] = {key.rpartition("/")[2]: _placed(states[key], parameter) for key in keys}
+            optimizer.state[parameter] = {
+                key.rpartition("/")[2]: _placed(states[key], parameter) for key in keys
+            }
     return Progress(**latest["progress"])
 
 
-def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
     return {
         f"{name}/{key}": value.detach().cpu().contiguous()
         for name, parameter in model.named_parameters()

@@ -1,15 +1,20 @@
-"""The reader's initial weights: a standard architecture with a copying circuit placed in its middle layers.
+"""The reader's initial weights: a standard architecture with a copying circuit placed in its middle
+layers.
 
-From random weights a model of this size needs far more text than a CPU can read before it learns to look things up.
-So a few weights start as a circuit that already does; they are ordinary weights and are trained on like all others.
+From random weights a model of this size needs far more text than a CPU can read before it learns to
+look things up. So a few weights start as a circuit that already does; they are ordinary weights and
+are trained on like all others.
 
-- Layer 1 gathers. By position alone (biases of q and k under rotary positions) its four heads attend to the previous
-  token, to the one before it, and to windows of the last 8 and 20 tokens, and write short codes of what they see into
-  subspaces of their own: x = token + previous + one before + window. Frequent tokens count little in a window.
-- Layers 4 to 6 match. They have no rotary positions, so distance does not matter. A query made of the last tokens and
-  their window finds places whose *preceding* tokens and window are the same, and copies the token that stands there.
-- Layer 3 matches nearby: the same circuit on the slow rotary frequencies, while the fast ones favour the last 100
-  tokens. An answer begins with the words of its question, not with those of the many facts that look alike.
+- Layer 1 gathers. By position alone (biases of q and k under rotary positions) its four heads
+  attend to the previous token, to the one before it, and to windows of the last 8 and 20 tokens,
+  and write short codes of what they see into subspaces of their own: x = token + previous + one
+  before + window. Frequent tokens count little in a window.
+- Layers 4 to 6 match. They have no rotary positions, so distance does not matter. A query made of
+  the last tokens and their window finds places whose *preceding* tokens and window are the same,
+  and copies the token that stands there.
+- Layer 3 matches nearby: the same circuit on the slow rotary frequencies, while the fast ones
+  favour the last 100 tokens. An answer begins with the words of its question, not with those of the
+  many facts that look alike.
 """
 
 import math
@@ -30,13 +35,18 @@ CODE = 32  # dimensions of a token's code
 KERNELS = ((0.0, 1.0), (0.0, 0.0, 1.0), (1.0,) * 8, (1.0,) * 20)
 NEAR = (0.0, *(math.exp(-distance / 40) for distance in range(150)))  # the same for nearby matches
 KEY_STRENGTH = 4.0
-# What the heads look for: weights of the token, the previous one and the window. All ask for the token: a window alone
-# matches best with itself.
+# What the heads look for: weights of the token, the previous one and the window. All ask for the
+# token: a window alone matches best with itself.
 QUERIES = ((2.0, 1.4, 0.4), (2.0, 1.0, 0.5), (2.0, 0.8, 0.6), (2.0, 0.4, 0.8))
 KEYS = ((1.0, 1.0, 0.5), (1.2, 0.8, 0.7))
 SHARED = 0.6  # how much tokens have in common that differ only in case or a leading space
 CODE_SHARE, TOPIC_SHARE, OUTPUT_SHARE = 0.5, 0.5, 0.7  # lengths of a token's parts
-GATHERED = (0.13, 0.1, 0.15, 0.4)  # scale of what each gathering head writes; windows are means and need more
+GATHERED = (
+    0.13,
+    0.1,
+    0.15,
+    0.4,
+)  # scale of what each gathering head writes; windows are means and need more
 RARE = 0.002  # tokens more frequent than this are less of a topic
 TOKEN_NORM = 0.7  # length of a token embedding; the gathered codes get a similar length
 
@@ -73,24 +83,34 @@ class Size:
         )
 
 
-SIZES = {"small": Size(width=192, head_dim=48, mlp=256), "large": Size(width=256, head_dim=64, mlp=512)}
+SIZES = {
+    "small": Size(width=192, head_dim=48, mlp=256),
+    "large": Size(width=256, head_dim=64, mlp=512),
+}
 
 
 @dataclass(frozen=True)
 class Match:
-    """How a layer matches at first: sharpness of its attention, length of what it copies, nearby only or anywhere."""
+    """How a layer matches at first: sharpness of its attention, length of what it copies, nearby
+    only or anywhere."""
 
     sharpness: float
     copy: float
     near: bool = False
 
 
-MATCHES = {3: Match(1.8, 0.05, near=True), 4: Match(1.8, 0.1), 5: Match(2.0, 0.1), 6: Match(2.2, 0.1)}
+MATCHES = {
+    3: Match(1.8, 0.05, near=True),
+    4: Match(1.8, 0.1),
+    5: Match(2.0, 0.1),
+    6: Match(2.2, 0.1),
+}
 
 
 @dataclass(frozen=True)
 class Frames:
-    """Orthonormal directions of the residual stream, (CODE, D) each: three parts of a token, three of its context."""
+    """Orthonormal directions of the residual stream, (CODE, D) each: three parts of a token, three
+    of its context."""
 
     code: Tensor  # which token it is
     topic: Tensor  # what the token is about; short for frequent tokens
@@ -132,20 +152,27 @@ def build_model(size: Size, vocabulary: Vocabulary, seed: int = 0) -> SmolLM3For
 def _token_vectors(vocabulary: Vocabulary, frames: Frames, generator: torch.Generator) -> Tensor:
     """Unit vectors of all tokens, (V, D).
 
-    Tokens of one stem ("The", " the") share most of their code and topic; the topic of a frequent token is short.
+    Tokens of one stem ("The", " the") share most of their code and topic; the topic of a frequent
+    token is short.
     """
     own = torch.randn(2, len(vocabulary.stems), CODE, generator=generator)
     shared = torch.randn(2, len(vocabulary.stems), CODE, generator=generator)[:, vocabulary.stems]
     code, topic = F.normalize(math.sqrt(SHARED) * shared + math.sqrt(1 - SHARED) * own, dim=-1)
     topic *= (RARE / vocabulary.frequencies).sqrt().clamp(max=1.0)[:, None]
-    vectors = CODE_SHARE * code @ frames.code + TOPIC_SHARE * topic @ frames.topic + OUTPUT_SHARE * code @ frames.output
+    vectors = (
+        CODE_SHARE * code @ frames.code
+        + TOPIC_SHARE * topic @ frames.topic
+        + OUTPUT_SHARE * code @ frames.output
+    )
     return F.normalize(vectors, dim=1)
 
 
 def _fit_kernel(kernel: tuple[float, ...], inv_freq: Tensor, head_dim: int) -> Tensor:
-    """The query bias whose attention to keys all equal to (KEY_STRENGTH, …, 0, …) follows `kernel`: (2 * frequencies,).
+    """The query bias whose attention to keys all equal to (KEY_STRENGTH, …, 0, …) follows `kernel`:
+    (2 * frequencies,).
 
-    Under rotary positions the score is linear in the query and depends on distance alone, so this is a convex fit.
+    Under rotary positions the score is linear in the query and depends on distance alone, so this
+    is a convex fit.
     """
     distance = torch.arange(16384, dtype=torch.float64)
     angle = distance[:, None] * inv_freq.double()  # (16384, frequencies)
@@ -157,7 +184,9 @@ def _fit_kernel(kernel: tuple[float, ...], inv_freq: Tensor, head_dim: int) -> T
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value: Tensor = 1e-4 * query.square().sum() - (target * torch.log_softmax(seen @ query, 0)).sum()
+        value: Tensor = (
+            1e-4 * query.square().sum() - (target * torch.log_softmax(seen @ query, 0)).sum()
+        )
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
@@ -170,7 +199,9 @@ def _place_gather(model: SmolLM3ForCausalLM, size: Size, frames: Frames) -> None
     attention, dim = model.model.layers[GATHER_LAYER].self_attn, size.head_dim
     key = torch.cat([torch.full((dim // 2,), KEY_STRENGTH), torch.zeros(dim // 2)])
     inv_freq = model.model.rotary_emb.inv_freq
-    attention.q_proj.bias.copy_(torch.cat([_fit_kernel(kernel, inv_freq, dim) for kernel in KERNELS]))
+    attention.q_proj.bias.copy_(
+        torch.cat([_fit_kernel(kernel, inv_freq, dim) for kernel in KERNELS])
+    )
     attention.k_proj.bias.copy_(key.repeat(size.num_kv_heads))
     attention.q_proj.weight.mul_(0.2)
     attention.k_proj.weight.mul_(0.2)
@@ -178,13 +209,16 @@ def _place_gather(model: SmolLM3ForCausalLM, size: Size, frames: Frames) -> None
     attention.o_proj.weight.zero_()
     for group, code in enumerate((frames.code, frames.topic)):
         attention.v_proj.weight[group * dim : group * dim + CODE] = code
-    targets = zip((frames.previous, frames.before, frames.window, frames.window), GATHERED, strict=True)
+    targets = zip(
+        (frames.previous, frames.before, frames.window, frames.window), GATHERED, strict=True
+    )
     for head, (target, length) in enumerate(targets):
         attention.o_proj.weight[:, head * dim : head * dim + CODE] = target.T * length
 
 
 def _near_dims(size: Size) -> list[int]:
-    """The dimensions of a head that turn fast enough to tell nearby from far: the faster two fifths."""
+    """The dimensions of a head that turn fast enough to tell nearby from far: the faster two
+    fifths."""
     half = size.head_dim // 2
     return [start + index for start in (0, half) for index in range(2 * half // 5)]
 
@@ -200,18 +234,32 @@ def _place_nearness(model: SmolLM3ForCausalLM, layer: int, size: Size) -> None:
 
 
 def _place_match(
-    attention: SmolLM3Attention, size: Size, frames: Frames, generator: torch.Generator, match: Match
+    attention: SmolLM3Attention,
+    size: Size,
+    frames: Frames,
+    generator: torch.Generator,
+    match: Match,
 ) -> None:
     dim = size.head_dim
     free = [index for index in range(dim) if not match.near or index not in _near_dims(size)]
     spread = torch.zeros(3, dim, CODE)
     for part in spread:
         part[free] = _orthonormal(len(free), CODE, generator)
-    last = (frames.code, frames.previous, frames.window)  # what a query knows: token, previous, window
-    ahead = (frames.previous, frames.before, frames.window)  # the same three, seen from the place after
+    last = (
+        frames.code,
+        frames.previous,
+        frames.window,
+    )  # what a query knows: token, previous, window
+    ahead = (
+        frames.previous,
+        frames.before,
+        frames.window,
+    )  # the same three, seen from the place after
 
     def mix(parts: tuple[Tensor, Tensor, Tensor], weights: tuple[float, float, float]) -> Tensor:
-        return match.sharpness * torch.stack([w * s @ p for w, s, p in zip(weights, spread, parts, strict=True)]).sum(0)
+        return match.sharpness * torch.stack(
+            [w * s @ p for w, s, p in zip(weights, spread, parts, strict=True)]
+        ).sum(0)
 
     attention.q_proj.weight.copy_(torch.cat([mix(last, weights) for weights in QUERIES]))
     attention.k_proj.weight.copy_(torch.cat([mix(ahead, weights) for weights in KEYS]))

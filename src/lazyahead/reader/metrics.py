@@ -1,4 +1,5 @@
-"""Scores in LongBench's measures: token F1, ROUGE-L, accuracy, edit similarity; all between 0 and 1.
+"""Scores in LongBench's measures: token F1, ROUGE-L, accuracy, edit similarity; all between 0 and
+1.
 
 Needs the extra `eval` (rouge-score, rapidfuzz), imported when a score that uses it is asked for.
 """
@@ -17,12 +18,16 @@ def _extra(module: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise ImportError(f"{module} is missing; install it with: pip install 'lazyahead[eval]'") from error
+        raise ImportError(
+            f"{module} is missing; install it with: pip install 'lazyahead[eval]'"
+        ) from error
 
 
 def normalize(text: str) -> list[str]:
     """LongBench's words of a text: lower case, no punctuation, no articles."""
-    bare = "".join(" " if mark in "–—" else mark for mark in text.lower() if mark not in string.punctuation)
+    bare = "".join(
+        " " if mark in "–—" else mark for mark in text.lower() if mark not in string.punctuation
+    )
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
@@ -34,7 +39,8 @@ def token_f1(prediction: str, answer: str) -> float:
 
 
 def fact_f1(prediction: str, answer: str, question: str) -> float:
-    """F1 of the words that are not in the question: answers quote their question, which proves nothing."""
+    """F1 of the words that are not in the question: answers quote their question, which proves
+    nothing."""
     known = set(normalize(question))
 
     def news(text: str) -> str:
@@ -76,7 +82,8 @@ MEASURES: dict[str, Callable[[str, str], float]] = {
 
 
 def score(sample: Sample, prediction: str) -> float:
-    """The score of a predicted answer in its category's measure; question answering and workloads use `fact_f1`."""
+    """The score of a predicted answer in its category's measure; question answering and workloads
+    use `fact_f1`."""
     measure = MEASURES.get(sample.category)
     if measure is None:
         return fact_f1(prediction, sample.answer, sample.question)

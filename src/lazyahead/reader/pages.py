@@ -36,7 +36,11 @@ def _passages(world: World, sentences: list[str], chars: int) -> str:
     """The sentences spread over numbered passages of some 150 tokens or more."""
     mixed = _spread(world, sentences, chars)
     count = max(2, min(len(mixed), chars // 900, 40))
-    cuts = [0, *sorted(world.rng.sample(range(1, len(mixed)), min(count - 1, len(mixed) - 1))), len(mixed)]
+    cuts = [
+        0,
+        *sorted(world.rng.sample(range(1, len(mixed)), min(count - 1, len(mixed) - 1))),
+        len(mixed),
+    ]
     parts = [" ".join(mixed[a:b]) for a, b in pairwise(cuts)]
     return "\n".join(f"Passage {i}: {part}" for i, part in enumerate(parts, 1))
 
@@ -78,8 +82,12 @@ def multi_doc_qa(world: World, chars: int) -> Page:
 
 def summarization(world: World, chars: int) -> Page:
     """Four points among other sentences; the summary quotes them in their order."""
-    facts = [world.fact(world.rng.choice(sorted(PLACE_ATTRIBUTES)), place) for place in world.places(4)]
-    points = [f"{ordinal} point: {fact.sentence}" for ordinal, fact in zip(ORDINALS, facts, strict=True)]
+    facts = [
+        world.fact(world.rng.choice(sorted(PLACE_ATTRIBUTES)), place) for place in world.places(4)
+    ]
+    points = [
+        f"{ordinal} point: {fact.sentence}" for ordinal, fact in zip(ORDINALS, facts, strict=True)
+    ]
     others = [fact.sentence for fact in _place_facts(world, chars // 2)] if chars > 1000 else []
     mixed = _spread(world, others, chars - sum(len(point) + 1 for point in points))
     places = sorted(world.rng.randint(0, len(mixed)) for _ in points)

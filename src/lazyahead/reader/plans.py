@@ -7,9 +7,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training: sequence length, sequences and number of steps, learning rate from start to end.
+    """A stretch of training: sequence length, sequences and number of steps, learning rate from
+    start to end.
 
-    `repeats` is the share of sequences of repeated random spans, `dense` the share of short pages with little filler.
+    `repeats` is the share of sequences of repeated random spans, `dense` the share of short pages
+    with little filler.
     """
 
     length: int
@@ -50,7 +52,8 @@ PLANS: dict[str, tuple[Stage, ...]] = {
 
 
 def load_plan(name: str) -> tuple[Stage, ...]:
-    """A plan by name, or from a JSON file with a list of Stage fields. Raises ValueError where `name` is neither."""
+    """A plan by name, or from a JSON file with a list of Stage fields. Raises ValueError where
+    `name` is neither."""
     if name in PLANS:
         return PLANS[name]
     if not Path(name).is_file():

@@ -41,5 +41,7 @@ def format_prompt(document: str, question: str, history: Sequence[tuple[str, str
 
     `history` holds earlier (question, answer) pairs about the same document, oldest first.
     """
-    turns = "".join(f"Question: {asked}\nAnswer: {answered}{EOS}\n\n" for asked, answered in history)
+    turns = "".join(
+        f"Question: {asked}\nAnswer: {answered}{EOS}\n\n" for asked, answered in history
+    )
     return f"Document: {document}\n\n{turns}Question: {question}\nAnswer:"

@@ -1,4 +1,5 @@
-"""Samples of the reader's tasks: the six categories of LongBench and three workloads, deterministic by seed."""
+"""Samples of the reader's tasks: the six categories of LongBench and three workloads, deterministic
+by seed."""
 
 import random
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ CHARS_PER_TOKEN = {
 class Sample:
     """One question about one document, with the answer the document supports.
 
-    `history` holds earlier turns, (question, answer) pairs, oldest first; `others` what else could have been asked.
+    `history` holds earlier turns, (question, answer) pairs, oldest first; `others` what else could
+    have been asked.
     """
 
     category: str
@@ -60,12 +62,14 @@ def samples(
 ) -> list[Sample]:
     """`n` samples whose prompts have about `length` tokens of the reader's tokenizer.
 
-    Sample i does not depend on `n`. `heldout_templates` states and asks facts in sentences that training never uses
-    (it changes nothing in few_shot, synthetic and code). Raises ValueError for an unknown category, or a length
-    below 256 tokens.
+    Sample i does not depend on `n`. `heldout_templates` states and asks facts in sentences that
+    training never uses (it changes nothing in few_shot, synthetic and code). Raises ValueError for
+    an unknown category, or a length below 256 tokens.
     """
     if category not in CHARS_PER_TOKEN:
-        raise ValueError(f"unknown category {category!r}; choose one of {', '.join(CHARS_PER_TOKEN)}")
+        raise ValueError(
+            f"unknown category {category!r}; choose one of {', '.join(CHARS_PER_TOKEN)}"
+        )
     if length < 256:
         raise ValueError(f"length is {length} tokens; the shortest document has 256")
     found = []

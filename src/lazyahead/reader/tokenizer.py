@@ -1,4 +1,5 @@
-"""The reader's tokenizer: byte-level BPE with single digits, so any text encodes and numbers are copied by digits."""
+"""The reader's tokenizer: byte-level BPE with single digits, so any text encodes and numbers are
+copied by digits."""
 
 import random
 from collections.abc import Iterator
@@ -19,17 +20,22 @@ def _texts(count: int) -> Iterator[str]:
     for index in range(count):
         heldout = index % 8 == 0
         page = build_page((*CATEGORIES, "rag")[index % 7], World(rng, "train", heldout), 1500)
-        yield " ".join(format_prompt("", question) + " " + answer for question, answer in page.exchanges)
+        yield " ".join(
+            format_prompt("", question) + " " + answer for question, answer in page.exchanges
+        )
         yield page.document
 
 
 def build_tokenizer(folder: Path, num_pages: int = 4000) -> None:
-    """Trains the tokenizer on pages of the training split and writes it to `folder`, chat template included."""
-    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+    """Trains the tokenizer on pages of the training split and writes it to `folder`, chat template
+    included."""
+    from transformers import PreTrainedTokenizerFast
 
     inner = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
-    inner.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
@@ -38,6 +44,8 @@ def build_tokenizer(folder: Path, num_pages: int = 4000) -> None:
         show_progress=False,
     )
     inner.train_from_iterator(_texts(num_pages), trainer)
-    outer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END, pad_token=PAD, model_max_length=16384)
+    outer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token=END, pad_token=PAD, model_max_length=16384
+    )
     outer.chat_template = CHAT_TEMPLATE
     outer.save_pretrained(folder)

@@ -1,4 +1,5 @@
-"""Trains the reader from nothing, on two CPU cores or one GPU, and goes on where an interrupted run stopped.
+"""Trains the reader from nothing, on two CPU cores or one GPU, and goes on where an interrupted run
+stopped.
 
 python -m lazyahead.reader.train --help
 """
@@ -47,7 +48,9 @@ class Run:
         """The stage of a step, and the learning rate there."""
         for stage in self.stages:
             if step < stage.steps:
-                return stage, stage.lr_start + (stage.lr_end - stage.lr_start) * (step + 1) / stage.steps
+                return stage, stage.lr_start + (stage.lr_end - stage.lr_start) * (
+                    step + 1
+                ) / stage.steps
             step -= stage.steps
         raise ValueError(f"step is past the end of a plan of {self.num_steps} steps")
 
@@ -68,9 +71,12 @@ def losses(model: SmolLM3ForCausalLM, batch: Batch, device: str) -> tuple[Tensor
 
     Logits are computed only where a weight is set: most tokens of a document are not predicted.
     """
-    ids, weights, positions = (t.to(device) for t in (batch.token_ids, batch.weights, batch.positions))
+    ids, weights, positions = (
+        t.to(device) for t in (batch.token_ids, batch.weights, batch.positions)
+    )
     with torch.autocast(device.partition(":")[0], torch.bfloat16):
-        # The mask says "all one text"; without it jumps in the positions would be taken for packed texts.
+        # The mask says "all one text"; without it jumps in the positions would be taken for packed
+        # texts.
         hidden = model.model(
             input_ids=ids[:, :-1],
             position_ids=positions[:, :-1],
@@ -89,9 +95,11 @@ def losses(model: SmolLM3ForCausalLM, batch: Batch, device: str) -> tuple[Tensor
 
 
 def train(run: Run, until: int | None = None) -> Progress:
-    """Runs, or goes on with, a training run up to step `until` (default: its end) and writes the weights.
+    """Runs, or goes on with, a training run up to step `until` (default: its end) and writes the
+    weights.
 
-    The folder gets `checkpoint/`, `curve.jsonl` and `weights/` (bf16, loadable by AutoModelForCausalLM).
+    The folder gets `checkpoint/`, `curve.jsonl` and `weights/` (bf16, loadable by
+    AutoModelForCausalLM).
     """
     weights_folder, checkpoint = run.folder / "weights", run.folder / "checkpoint"
     tokenizer = _tokenizer(run, weights_folder)
@@ -109,7 +117,9 @@ def train(run: Run, until: int | None = None) -> Progress:
         records.append(_step(run, model, optimizer, progress, tokenizer))
         progress.seconds = time.monotonic() - started
         if progress.step % run.log_every == 0 or progress.step == last:
-            means = {key: sum(record[key] for record in records) / len(records) for key in records[0]}
+            means = {
+                key: sum(record[key] for record in records) / len(records) for key in records[0]
+            }
             means["length"] = records[-1]["length"]
             _log(run.folder / "curve.jsonl", {**asdict(progress), **means})
             records.clear()
@@ -164,7 +174,9 @@ def _step(
 
 def write_weights(model: SmolLM3ForCausalLM, folder: Path) -> None:
     """The model in bf16 beside its tokenizer; training goes on in fp32."""
-    state = {name: value.detach().to("cpu", torch.bfloat16) for name, value in model.state_dict().items()}
+    state = {
+        name: value.detach().to("cpu", torch.bfloat16) for name, value in model.state_dict().items()
+    }
     copy = type(model)(model.config).to(torch.bfloat16)
     copy.load_state_dict(state)
     copy.save_pretrained(folder)
@@ -178,7 +190,9 @@ def _forget_after(curve: Path, step: int) -> None:
 
 
 def _log(path: Path, record: dict[str, Any]) -> None:
-    rounded = {key: round(value, 6) if isinstance(value, float) else value for key, value in record.items()}
+    rounded = {
+        key: round(value, 6) if isinstance(value, float) else value for key, value in record.items()
+    }
     with path.open("a") as file:
         file.write(json.dumps(rounded) + "\n")
     print(" ".join(f"{key} {value}" for key, value in rounded.items()), file=sys.stderr, flush=True)
@@ -186,10 +200,10 @@ def _log(path: Path, record: dict[str, Any]) -> None:
 
 def draw_curve(folder: Path) -> Path:
     """Draws curve.jsonl as curve.png; needs the extra `plot`."""
-    import matplotlib  # noqa: PLC0415
+    import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot  # noqa: PLC0415
+    from matplotlib import pyplot
 
     records = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
     tokens = [record["tokens"] / 1e6 for record in records]
@@ -201,7 +215,11 @@ def draw_curve(folder: Path) -> Path:
     for a, b in pairwise(records):
         if a["length"] != b["length"]:
             above.annotate(
-                f"{b['length']:.0f} ", (b["tokens"] / 1e6, records[0]["answer_loss"]), rotation=90, va="top", fontsize=8
+                f"{b['length']:.0f} ",
+                (b["tokens"] / 1e6, records[0]["answer_loss"]),
+                rotation=90,
+                va="top",
+                fontsize=8,
             )
             for axis in (above, below):
                 axis.axvline(b["tokens"] / 1e6, color="grey", linewidth=0.5)
@@ -212,16 +230,32 @@ def draw_curve(folder: Path) -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="train_reader", description="Train the built-in reader from nothing.")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run; an existing run is continued")
-    parser.add_argument("--size", choices=sorted(SIZES), default="small", help="small: CPU, large: GPU")
-    parser.add_argument("--plan", help="small, large, more, or a JSON file with a list of stages; default: as size")
-    parser.add_argument("--start", type=Path, help="go on from these weights instead of the untrained circuit")
+    parser = argparse.ArgumentParser(
+        prog="train_reader", description="Train the built-in reader from nothing."
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the run; an existing run is continued"
+    )
+    parser.add_argument(
+        "--size", choices=sorted(SIZES), default="small", help="small: CPU, large: GPU"
+    )
+    parser.add_argument(
+        "--plan", help="small, large, more, or a JSON file with a list of stages; default: as size"
+    )
+    parser.add_argument(
+        "--start", type=Path, help="go on from these weights instead of the untrained circuit"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--compile", action="store_true", help="compile the layers: a minute a stage, then 1.6x faster")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the layers: a minute a stage, then 1.6x faster",
+    )
     parser.add_argument("--until", type=int, help="stop after this step")
-    parser.add_argument("--seed", type=int, default=0, help="of the first weights, and of the pages drawn")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first weights, and of the pages drawn"
+    )
     return parser
 
 
@@ -245,7 +279,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     progress = train(run, options.until)
     picture = draw_curve(options.out)
-    print(json.dumps({**asdict(progress), "weights": str(options.out / "weights"), "curve": str(picture)}))
+    print(
+        json.dumps(
+            {**asdict(progress), "weights": str(options.out / "weights"), "curve": str(picture)}
+        )
+    )
     return 0
 
 

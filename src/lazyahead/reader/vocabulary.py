@@ -1,4 +1,5 @@
-"""What the reader's first weights know of its tokens: how frequent they are, and which are the same word."""
+"""What the reader's first weights know of its tokens: how frequent they are, and which are the same
+word."""
 
 import random
 from dataclasses import dataclass
@@ -13,15 +14,16 @@ from lazyahead.reader.world import World
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Of every token its relative frequency, and the id of its stem: the first token that differs only in case or in
-    a leading space. Both (V,)."""
+    """Of every token its relative frequency, and the id of its stem: the first token that differs
+    only in case or in a leading space. Both (V,)."""
 
     frequencies: Tensor
     stems: Tensor
 
 
 def study(tokenizer: PreTrainedTokenizerBase, num_pages: int = 300) -> Vocabulary:
-    """Counts tokens on pages of the training split; a token that does not occur counts as one that occurs once."""
+    """Counts tokens on pages of the training split; a token that does not occur counts as one that
+    occurs once."""
     rng = random.Random("vocabulary")
     counts = torch.ones(len(tokenizer))
     for index in range(num_pages):

@@ -1,7 +1,8 @@
 """The reader's little world: invented names, facts about them, and sentences that say nothing.
 
-Everything is drawn from a `World`, which owns one random generator and one split. A name belongs to a split by its
-hash, so a name used for evaluation was never seen in training. No model and no torch here.
+Everything is drawn from a `World`, which owns one random generator and one split. A name belongs to
+a split by its hash, so a name used for evaluation was never seen in training. No model and no torch
+here.
 """
 
 # ruff: noqa: SIM905 (lists of words read best as words)
@@ -62,7 +63,11 @@ STATEMENTS = (
     "{e} gives its {a} as {v}.",
     "Of {e} people know the {a}: {v}.",
 )
-HELDOUT_STATEMENTS = ("As for {e}, the {a} is {v}.", "Note that the {a} of {e} is {v}.", "The {a} that {e} has is {v}.")
+HELDOUT_STATEMENTS = (
+    "As for {e}, the {a} is {v}.",
+    "Note that the {a} of {e} is {v}.",
+    "The {a} that {e} has is {v}.",
+)
 QUESTIONS = (
     "What is the {a} of {e}?",
     "Tell me the {a} of {e}.",
@@ -80,7 +85,8 @@ def split_of(name: str) -> Split:
 
 @dataclass(frozen=True)
 class Fact:
-    """One fact: the attribute, whom it is about, its value, and the sentence that states it in the document."""
+    """One fact: the attribute, whom it is about, its value, and the sentence that states it in the
+    document."""
 
     attribute: str
     subject: str
@@ -113,14 +119,19 @@ class World:
 
     def _syllable(self) -> str:
         rng = self.rng
-        return rng.choice(ONSETS) + rng.choice(VOWELS) + (rng.choice(CODAS) if rng.random() < 0.4 else "")
+        return (
+            rng.choice(ONSETS)
+            + rng.choice(VOWELS)
+            + (rng.choice(CODAS) if rng.random() < 0.4 else "")
+        )
 
     def place(self) -> str:
         """A place such as "Velmora Station"."""
         return f"{self.name()} {self.rng.choice(KINDS)}"
 
     def places(self, count: int) -> list[str]:
-        """Distinct places; some share their first name with another one, so that both words are needed."""
+        """Distinct places; some share their first name with another one, so that both words are
+        needed."""
         found: list[str] = []
         while len(found) < count:
             near = found and self.rng.random() < 0.25
@@ -137,7 +148,8 @@ class World:
         return str(self.rng.randint(low, high))
 
     def fact(self, attribute: str, subject: str) -> Fact:
-        """A fact with a fresh value, stated in one of the sentence forms (training: mostly the answer's own)."""
+        """A fact with a fresh value, stated in one of the sentence forms (training: mostly the
+        answer's own)."""
         value = ATTRIBUTES[attribute](self)
         plain = not self._heldout and self.rng.random() < 0.3
         form = STATEMENT if plain else self.rng.choice(self.statements)
@@ -154,7 +166,9 @@ class World:
         if kind < 0.7:
             return f"A {rng.choice(NOUNS)} {rng.choice(VERBS)} every {rng.choice(NOUNS)} {rng.choice(ADVERBS)}."
         if kind < 0.95:
-            words = f"the {rng.choice(NOUNS)} and the {rng.choice(NOUNS)} are {rng.choice(ADJECTIVES)}"
+            words = (
+                f"the {rng.choice(NOUNS)} and the {rng.choice(NOUNS)} are {rng.choice(ADJECTIVES)}"
+            )
             return f"{rng.choice(ADVERBS).capitalize()}, {words}."
         return f"{self.place()} {rng.choice(VERBS)} the {self._thing()}."
 

@@ -18,7 +18,8 @@ Progress = Callable[[str, float], None]
 
 
 class Task(NamedTuple):
-    """One prompt: a text, maybe a question about it, and what to call it when something is wrong with it."""
+    """One prompt: a text, maybe a question about it, and what to call it when something is wrong
+    with it."""
 
     name: str
     text: str
@@ -34,17 +35,23 @@ class Agreement:
 
 
 class Answers:
-    """What a model answers after reading everything, and whether it says the same after reading less."""
+    """What a model answers after reading everything, and whether it says the same after reading
+    less."""
 
-    def __init__(self, llm: LLM, tasks: Sequence[Task], max_new_tokens: int, progress: Progress) -> None:
-        """`llm` reads everything. Raises RequestError, ContextLengthError naming a task that cannot be answered."""
+    def __init__(
+        self, llm: LLM, tasks: Sequence[Task], max_new_tokens: int, progress: Progress
+    ) -> None:
+        """`llm` reads everything. Raises RequestError, ContextLengthError naming a task that cannot
+        be answered."""
         self._llm, self._lazy, self._tasks = llm, llm, tasks
         self._sampling = Sampling(max_new_tokens=max_new_tokens)
         self._expected: list[tuple[int, ...]] = []
         self._known: dict[tuple[LazyPrefill, int], bool] = {}
         self._hardness: Counter[int] = Counter()
         for number, task in enumerate(tasks):
-            progress(f"reading everything, prompt {number + 1} of {len(tasks)}", number / len(tasks))
+            progress(
+                f"reading everything, prompt {number + 1} of {len(tasks)}", number / len(tasks)
+            )
             try:
                 pieces = llm.stream(task.text, task.question, sampling=self._sampling)
                 self._expected.append(tuple(token for piece in pieces for token in piece.token_ids))
@@ -67,10 +74,13 @@ class Answers:
 
     @property
     def hardest(self) -> tuple[str, ...]:
-        """The tasks whose answers changed, most often changed first, with how often of how many tries."""
+        """The tasks whose answers changed, most often changed first, with how often of how many
+        tries."""
         tries = Counter(index for _, index in self._known)
         changed = [(index, num) for index, num in self._hardness.most_common() if num]
-        return tuple(f"{self._tasks[index].name} ({num} of {tries[index]})" for index, num in changed)
+        return tuple(
+            f"{self._tasks[index].name} ({num} of {tries[index]})" for index, num in changed
+        )
 
     def same(self, rule: LazyPrefill, index: int) -> bool:
         """Whether the task's answer is the same by `rule`, token by token."""
@@ -81,7 +91,8 @@ class Answers:
         return self._known[key]
 
     def agree(self, rule: LazyPrefill, which: Sequence[int], least: float) -> bool:
-        """Whether at least the fraction `least` of these answers is the same; hard ones first, no more than needed."""
+        """Whether at least the fraction `least` of these answers is the same; hard ones first, no
+        more than needed."""
         may_differ = floor((1 - least) * len(which) + 1e-9)
         for index in sorted(which, key=lambda index: -self._hardness[index]):
             may_differ -= not self.same(rule, index)

@@ -10,19 +10,27 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lazyahead.prefill.schedule import LayerShape, Schedule, boundaries, kept_by_layer, prefill_flops
+from lazyahead.prefill.schedule import (
+    LayerShape,
+    Schedule,
+    boundaries,
+    kept_by_layer,
+    prefill_flops,
+)
 
 RATIOS = (0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
 MOST_DEPTHS = 16
 """Depths that are tried; deeper models get evenly spaced ones."""
 GAIN = 0.03
-"""A schedule is worth trying if it promises at least this much more speed than the best one so far."""
+"""A schedule is worth trying if it promises at least this much more speed than the best one so far.
+"""
 RETREAT = 0.1
 """Speed that is given up each time when what the search has found does not hold."""
 
 
 class Candidate(NamedTuple):
-    """A schedule, the prompt tokens it computes at each layer, and what that saves: full FLOPs over its FLOPs."""
+    """A schedule, the prompt tokens it computes at each layer, and what that saves: full FLOPs over
+    its FLOPs."""
 
     schedule: Schedule
     kept: tuple[int, ...]
@@ -32,12 +40,18 @@ class Candidate(NamedTuple):
 def candidates(
     attends_fully: Sequence[bool], num_tokens: int, num_protected: int, shape: LayerShape
 ) -> list[Candidate]:
-    """Schedules of one cut and of two, at the layers where one can look and with `RATIOS`, that keep different counts.
+    """Schedules of one cut and of two, at the layers where one can look and with `RATIOS`, that
+    keep different counts.
 
-    `attends_fully[l]` says that layer l sees every earlier token. At least `num_protected` tokens always go on.
+    `attends_fully[l]` says that layer l sees every earlier token. At least `num_protected` tokens
+    always go on.
     """
     num_layers = len(attends_fully)
-    layers = [layer for layer in range(1, num_layers) if attends_fully[layer - 1] or not any(attends_fully)]
+    layers = [
+        layer
+        for layer in range(1, num_layers)
+        if attends_fully[layer - 1] or not any(attends_fully)
+    ]
     num = min(MOST_DEPTHS, len(layers))
     depths = [round(layers[index * len(layers) // num] / num_layers, 4) for index in range(num)]
     once = [((depth, ratio),) for depth in depths for ratio in RATIOS]
@@ -54,8 +68,9 @@ def candidates(
 class Search:
     """The strongest candidate that passes, in few trials.
 
-    Who keeps no more at any layer than one that fails is taken to fail, who keeps no less than one that passes to
-    pass. The next trial is the one whose outcome, whichever it is, settles most of what is open.
+    Who keeps no more at any layer than one that fails is taken to fail, who keeps no less than one
+    that passes to pass. The next trial is the one whose outcome, whichever it is, settles most of
+    what is open.
     """
 
     def __init__(self, found: Sequence[Candidate], gain: float = GAIN, least: float = 1.0) -> None:
@@ -63,10 +78,15 @@ class Search:
         self.found, self.gain, self.least, self.most = found, gain, least, inf
         self._speedups = np.array([candidate.speedup for candidate in found])
         kept = np.array([candidate.kept for candidate in found])
-        self._stronger = np.ones((len(found), len(found)), dtype=bool)  # [a, b]: b keeps no more than a anywhere
+        self._stronger = np.ones(
+            (len(found), len(found)), dtype=bool
+        )  # [a, b]: b keeps no more than a anywhere
         for counts in kept.T:
             self._stronger &= counts[None, :] <= counts[:, None]
-        self._fails, self._passes = np.zeros(len(found), dtype=bool), np.zeros(len(found), dtype=bool)
+        self._fails, self._passes = (
+            np.zeros(len(found), dtype=bool),
+            np.zeros(len(found), dtype=bool),
+        )
 
     @property
     def open(self) -> NDArray[np.bool_]:
@@ -119,7 +139,8 @@ class Search:
 def strongest(
     search: Search, passes: Callable[[Candidate], bool], holds: Callable[[Candidate], bool]
 ) -> Candidate | None:
-    """The fastest that `passes`; with a margin, where it does not also `hold` in the end. None where none does."""
+    """The fastest that `passes`; with a margin, where it does not also `hold` in the end. None
+    where none does."""
     while True:
         index = search.next()
         if index is not None:

@@ -1,7 +1,8 @@
-"""The strongest pruning whose greedy answers are those of the full prefill, on prompts of one's own.
+"""The strongest pruning whose greedy answers are those of the full prefill, on prompts of one's
+own.
 
-Nobody has to know the right answers: what the model says after reading everything is what it has to say after reading
-less. Half of the prompts guide the search, the other half judges what it found.
+Nobody has to know the right answers: what the model says after reading everything is what it has to
+say after reading less. Half of the prompts guide the search, the other half judges what it found.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from lazyahead.errors import ConfigError, RequestError
 from lazyahead.hf.probe import examine
 from lazyahead.llm import LLM
 from lazyahead.prefill.schedule import Schedule
-from lazyahead.prefill.score import SCORERS, LastToken, Scorer, Window
+from lazyahead.prefill.score import SCORERS, AheadRange, LastToken, Scorer, Window
 from lazyahead.sampling import Sampling
 from lazyahead.tune.answers import Agreement, Answers, Progress, Task, reading_by
 from lazyahead.tune.search import Candidate, Search, candidates, strongest
@@ -37,7 +38,8 @@ class Clock(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """The strongest way of reading that is safe. Speed-ups are over reading everything with the same engine."""
+    """The strongest way of reading that is safe. Speed-ups are over reading everything with the
+    same engine."""
 
     prefill: LazyPrefill
     search: Agreement
@@ -83,14 +85,18 @@ def tune(
 ) -> Tuned:
     """Searches schedules for `base`, whose other settings stay, with its scorer and with others.
 
-    At least the fraction `agree` of the answers must stay as they are, among the prompts that guide the search and
-    among those held out. Raises ConfigError for an `agree` that is no fraction, RequestError where all prompts are
-    shorter than `min_tokens`.
+    At least the fraction `agree` of the answers must stay as they are, among the prompts that guide
+    the search and among those held out. Raises ConfigError for an `agree` that is no fraction,
+    RequestError where all prompts are shorter than `min_tokens`.
     """
     if not 0 < agree <= 1:
-        raise ConfigError(f"agree is the least fraction of answers that must stay, above 0 and at most 1, got {agree}")
+        raise ConfigError(
+            f"agree is the least fraction of answers that must stay, above 0 and at most 1, got {agree}"
+        )
     lengths = [len(llm.encode(task.text, task.question).token_ids) for task in tasks]
-    fitting = [task for task, length in zip(tasks, lengths, strict=True) if length >= base.min_tokens]
+    fitting = [
+        task for task, length in zip(tasks, lengths, strict=True) if length >= base.min_tokens
+    ]
     if not fitting:
         raise RequestError(
             f"all {len(tasks)} prompts are shorter than min_tokens {base.min_tokens} and would be read whole (the "
@@ -110,42 +116,54 @@ def tune(
         prompt_tokens=length,
         hardest=answers.hardest,
         skipped=tuple(
-            f"{task.name} ({num} tokens)" for task, num in zip(tasks, lengths, strict=True) if num < base.min_tokens
+            f"{task.name} ({num} tokens)"
+            for task, num in zip(tasks, lengths, strict=True)
+            if num < base.min_tokens
         ),
     )
 
 
 def scorers(first: Scorer) -> list[Scorer]:
-    """`first`, the same looking far from the first cut on (so that no layer looks only near), the paper's, and the
-    other kinds that look at attention, as they are by default."""
-    far = [replace(first, looks_from=0.0)] if isinstance(first, Window) else []
+    """`first`, the same looking far from the first cut on (so that no layer looks only near), the
+    paper's, and the other kinds that look at attention, as they are by default."""
+    far = [replace(first, score_from_depth=0.0)] if isinstance(first, Window) else []
     kinds = [kind() for kind in SCORERS.values()]
-    return list(dict.fromkeys(scorer for scorer in (first, *far, LastToken(), *kinds) if scorer.queries))
+    return list(
+        dict.fromkeys(scorer for scorer in (first, *far, LastToken(), *kinds) if scorer.window_size)
+    )
 
 
 class _Tuning:
     """The best rule so far, and how it can be bettered."""
 
     def __init__(
-        self, llm: LLM, answers: Answers, base: LazyPrefill, agree: float, length: int, progress: Progress
+        self,
+        llm: LLM,
+        answers: Answers,
+        base: LazyPrefill,
+        agree: float,
+        length: int,
+        progress: Progress,
     ) -> None:
         self._answers, self._base, self._agree, self._progress = answers, base, agree, progress
-        _, anatomy = examine(llm.model)
-        assert anatomy is not None  # or `llm` had refused to read lazily
+        _, spec = examine(llm.model)
+        assert spec is not None  # or `llm` had refused to read lazily
         num_protected = base.protect_first + base.protect_last
-        self._candidates = candidates(anatomy.attends_fully, length, num_protected, anatomy.layer_shape)
+        self._candidates = candidates(spec.attends_fully, length, num_protected, spec.layer_shape)
         every = range(answers.num_tasks)
         holds_out = len(every) >= ENOUGH_TO_HOLD_OUT
         self._guides: Sequence[int] = every[::2] if holds_out else every
         self._judges: Sequence[int] = every[1::2] if holds_out else ()
         self._best: dict[tuple[float, float], tuple[LazyPrefill, float]] = {}
-        """Rule and speed-up by FLOPs, for each pair of depths to which scorers run ahead and from which they look far:
-        these FLOPs count neither what the one costs nor what the other saves."""
+        """Rule and speed-up by FLOPs, for each pair of depths to which scorers run ahead and from
+        which they look far: these FLOPs count neither what the one costs nor what the other
+        saves."""
         self.num_rejected = 0
 
     def improve(self, scorer: Scorer) -> None:
-        """Takes this scorer's strongest schedule if it is stronger than those of the scorers like it."""
-        kind = scorer.ahead, scorer.looks_from
+        """Takes this scorer's strongest schedule if it is stronger than those of the scorers like
+        it."""
+        kind = AheadRange.of(scorer)
         least = self._best[kind][1] if kind in self._best else 1.0
 
         def rule(candidate: Candidate) -> LazyPrefill:
@@ -170,21 +188,31 @@ class _Tuning:
             self._best[kind] = rule(best), best.speedup
 
     def found(self, timed: Callable[[LazyPrefill], Clock]) -> Found | None:
-        """The best rule, with all that is known of it. Between scorers that are not alike the clock decides."""
-        all_found = [Found(rule, *self._agreement(rule), speedup, timed(rule)) for rule, speedup in self._best.values()]
+        """The best rule, with all that is known of it. Between scorers that are not alike the clock
+        decides."""
+        all_found = [
+            Found(rule, *self._agreement(rule), speedup, timed(rule))
+            for rule, speedup in self._best.values()
+        ]
         return max(all_found, key=lambda found: found.clock.speedup, default=None)
 
     def _agreement(self, rule: LazyPrefill) -> tuple[Agreement, Agreement | None]:
-        guides, judges = (self._answers.agreement(rule, which) for which in (self._guides, self._judges))
+        guides, judges = (
+            self._answers.agreement(rule, which) for which in (self._guides, self._judges)
+        )
         return guides, judges if judges.of else None
 
 
 def words(schedule: Schedule) -> str:
     """A schedule as a person says it."""
-    return ", then ".join(f"{ratio:.0%} from {depth:.0%} of the layers on" for depth, ratio in schedule)
+    return ", then ".join(
+        f"{ratio:.0%} from {depth:.0%} of the layers on" for depth, ratio in schedule
+    )
 
 
-def _time(llm: LLM, rule: LazyPrefill, tasks: Sequence[Task], runs: int, progress: Progress) -> Clock:
+def _time(
+    llm: LLM, rule: LazyPrefill, tasks: Sequence[Task], runs: int, progress: Progress
+) -> Clock:
     """Both sides on each task, one after the other, the order alternating."""
     sampling, sides = Sampling(max_new_tokens=1), [reading_by(llm, None), reading_by(llm, rule)]
     shots: list[tuple[float, float]] = []

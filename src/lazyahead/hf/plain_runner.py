@@ -1,4 +1,5 @@
-"""Models that keep a state of their own (recurrent, hybrid): their own forward and cache, one request at a time."""
+"""Models that keep a state of their own (recurrent, hybrid): their own forward and cache, one
+request at a time."""
 
 from __future__ import annotations
 
@@ -29,20 +30,22 @@ class _Flight(Protocol):
     def session(self) -> Any: ...
 
     @property
-    def speaks(self) -> Sequence[int]: ...
+    def logits_indices(self) -> Sequence[int]: ...
 
 
 class PlainRunner:
     """Runs rows through the model as it is. Nothing can be deferred or taken back."""
 
-    travels_alone = True
+    single_request_only = True
     num_layers = 0
     attends_fully: Sequence[bool] = ()
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.on_layer: Callable[[int], None] | None = None
-        self._caches: weakref.WeakKeyDictionary[Any, tuple[int, dict[str, Any]]] = weakref.WeakKeyDictionary()
+        self._caches: weakref.WeakKeyDictionary[Any, tuple[int, dict[str, Any]]] = (
+            weakref.WeakKeyDictionary()
+        )
         """Of each session, how many tokens were read, and what the model remembers of them."""
         self._accepts = set(inspect.signature(model.forward).parameters)
 
@@ -61,31 +64,39 @@ class PlainRunner:
         yield self
 
     @torch.no_grad()
-    def run(self, flights: Sequence[_Flight]) -> Tensor:
-        """Logits (R, V) of the rows that speak of one flight. Behind a cache tokens go one by one: several models of
-        transformers use their recurrent state only then. Raises LazyAheadError when there is no way to go on."""
-        (flight,) = flights
-        token_ids, positions = list(flight.token_ids), flight.entering_positions
-        start, (num_read, cache) = int(positions[0]), self._caches.pop(flight.session, (0, {}))
+    def run(self, segments: Sequence[_Flight]) -> Tensor:
+        """Logits (R, V) of the rows that speak of one segment. Behind a cache tokens go one by one:
+        several models of transformers use their recurrent state only then. Raises LazyAheadError
+        when there is no way to go on."""
+        (segment,) = segments
+        token_ids, positions = list(segment.token_ids), segment.entering_positions
+        start, (num_read, cache) = int(positions[0]), self._caches.pop(segment.session, (0, {}))
         if start not in (0, num_read):  # a pass that failed left nothing behind
-            raise LazyAheadError(f"the state after {start} tokens of this conversation was lost; start a new one")
-        first = min(flight.speaks, default=len(token_ids))
+            raise LazyAheadError(
+                f"the state after {start} tokens of this conversation was lost; start a new one"
+            )
+        first = min(segment.logits_indices, default=len(token_ids))
         if start == 0:
             logits, cache = self._forward(token_ids, positions, {}, len(token_ids) - first)
         else:
             spoken: list[Tensor] = []
             for row, token_id in enumerate(token_ids):
-                row_logits, cache = self._forward([token_id], positions[row : row + 1], cache, int(row >= first))
+                row_logits, cache = self._forward(
+                    [token_id], positions[row : row + 1], cache, int(row >= first)
+                )
                 spoken.append(row_logits)
             logits = torch.cat(spoken)
-        self._caches[flight.session] = (start + len(token_ids), cache)
-        return logits[[row - first for row in flight.speaks]]
+        self._caches[segment.session] = (start + len(token_ids), cache)
+        return logits[[row - first for row in segment.logits_indices]]
 
     def _forward(
         self, token_ids: list[int], positions: Tensor, cache: dict[str, Any], num_last: int
     ) -> tuple[Tensor, dict[str, Any]]:
         """Logits (num_last, V) of the last rows, and what the model remembers after them."""
-        inputs: dict[str, Any] = {"input_ids": torch.tensor([token_ids], device=self.device), **cache}
+        inputs: dict[str, Any] = {
+            "input_ids": torch.tensor([token_ids], device=self.device),
+            **cache,
+        }
         if "position_ids" in self._accepts:
             inputs["position_ids"] = positions[None]
         if "logits_to_keep" in self._accepts:
@@ -93,9 +104,17 @@ class PlainRunner:
         try:
             output = self.model(**inputs, use_cache=True, return_dict=True)
         except torch.OutOfMemoryError as error:
-            raise OutOfMemoryError(f"no memory left on {self.device}; shorten the prompt") from error
-        kept = {name: output[name] for name in _CACHES if name in self._accepts and output.get(name) is not None}
+            raise OutOfMemoryError(
+                f"no memory left on {self.device}; shorten the prompt"
+            ) from error
+        kept = {
+            name: output[name]
+            for name in _CACHES
+            if name in self._accepts and output.get(name) is not None
+        }
         if not kept:
-            raise LazyAheadError(f"{type(self.model).__name__} hands back no cache, so it cannot go on from its prompt")
+            raise LazyAheadError(
+                f"{type(self.model).__name__} hands back no cache, so it cannot go on from its prompt"
+            )
         logits: Tensor = output.logits[0]
         return logits[logits.shape[0] - num_last :], kept

@@ -1,24 +1,30 @@
-"""The paper's Aux Cache: hidden states of tokens that have no keys and values at a layer and below it have."""
+"""The paper's Aux Cache: hidden states of tokens that have no keys and values at a layer and below
+it have."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from lazyahead.hf.cache import Growing
+from lazyahead.cache.kv import GrowableTensor
 
 
 class Stash:
     """Deferred tokens of one request at one boundary.
 
-    `hidden` (N, d) is what would enter the layer, `positions` (N,) the places in the text, `slots` (N,) where their
-    keys stand at the layer below. A revived entry is only marked; `compact` frees the room. `keys`, by deeper layer
-    (1, H_kv, M, D), are those the first M entries would have there if their states stayed as they are; empty: not
-    foretold.
+    `hidden` (N, d) is what would enter the layer, `positions` (N,) the places in the text, `slots`
+    (N,) where their keys stand at the layer below. A revived entry is only marked; `compact` frees
+    the room. `keys`, by deeper layer (1, H_kv, M, D), are those the first M entries would have
+    there if their states stayed as they are; empty: not approx_keys.
     """
 
     def __init__(self) -> None:
-        self._hidden, self._positions, self._slots, self._live = Growing(), Growing(), Growing(), Growing()
+        self._hidden, self._positions, self._slots, self._live = (
+            GrowableTensor(),
+            GrowableTensor(),
+            GrowableTensor(),
+            GrowableTensor(),
+        )
         self._num_live = 0
         self._mark, self._taken = 0, list[Tensor]()
         self.keys: dict[int, Tensor] = {}
@@ -30,8 +36,8 @@ class Stash:
 
     @property
     def nbytes(self) -> int:
-        foretold = sum(keys.nbytes for keys in self.keys.values())
-        return self._hidden.nbytes + self._positions.nbytes + self._slots.nbytes + foretold
+        approx_keys = sum(keys.nbytes for keys in self.keys.values())
+        return self._hidden.nbytes + self._positions.nbytes + self._slots.nbytes + approx_keys
 
     @property
     def live(self) -> Tensor:
@@ -66,7 +72,8 @@ class Stash:
         self._num_live += positions.numel()
 
     def take(self, entries: Tensor) -> tuple[Tensor, Tensor]:
-        """Revives live `entries`: their hidden states (T, d) and positions (T,); they no longer wait."""
+        """Revives live `entries`: their hidden states (T, d) and positions (T,); they no longer
+        wait."""
         self._taken.append(entries)
         self._live.rows[entries] = False
         self._num_live -= entries.numel()
@@ -91,7 +98,8 @@ class Stash:
             self._keep(self.live)
 
     def crop(self, num_tokens: int, stayed: Tensor, num_slots: int) -> None:
-        """Forgets tokens at position `num_tokens` and later; `stayed` are the slots below that remain, renumbered."""
+        """Forgets tokens at position `num_tokens` and later; `stayed` are the slots below that
+        remain, renumbered."""
         if not len(self._live):
             return
         renumbered = torch.full((num_slots,), -1, device=stayed.device)
@@ -101,7 +109,10 @@ class Stash:
 
     def _keep(self, entries: Tensor) -> None:
         kept = [part.rows[entries] for part in (self._hidden, self._positions, self._slots)]
-        keys = {layer: old.index_select(2, entries[entries < old.shape[2]]) for layer, old in self.keys.items()}
+        keys = {
+            layer: old.index_select(2, entries[entries < old.shape[2]])
+            for layer, old in self.keys.items()
+        }
         self.__init__()  # type: ignore[misc]
         if entries.numel():
             self.add(*kept)

@@ -1,4 +1,5 @@
-"""Keys and values of one request at one layer, each with its position, in a buffer that grows ahead of need."""
+"""Keys and values of one request at one layer, each with its position, in a buffer that grows ahead
+of need."""
 
 from __future__ import annotations
 
@@ -7,11 +8,13 @@ from torch import Tensor
 _SLACK = 256
 """Free slots behind a prompt, so that a short answer never moves it."""
 _STEP = 4096
-"""Buffers double up to this much at a time: beyond it, doubling a long prompt would waste more than copying costs."""
+"""Buffers double up to this much at a time: beyond it, doubling a long prompt would waste more than
+copying costs."""
 
 
-class Growing:
-    """Rows of a tensor along one dimension, appended in place. `capacity` rows are allocated, `len` are filled."""
+class GrowableTensor:
+    """Rows of a tensor along one dimension, appended in place. `capacity` rows are allocated, `len`
+    are filled."""
 
     __slots__ = ("_buffer", "_len", "dim")
 
@@ -39,7 +42,8 @@ class Growing:
         self.write(self._len, rows)
 
     def write(self, start: int, rows: Tensor) -> None:
-        """Copies `rows` to places `start` and on; the filled part then reaches at least to their end."""
+        """Copies `rows` to places `start` and on; the filled part then reaches at least to their
+        end."""
         end = start + rows.shape[self.dim]
         if self._buffer is None or end > self._buffer.shape[self.dim]:
             self._grow(end, rows)
@@ -48,7 +52,8 @@ class Growing:
         self._len = max(self._len, end)
 
     def scatter(self, places: Tensor, rows: Tensor, end: int) -> None:
-        """Copies `rows` to `places`, all below `end`; the filled part then reaches at least to `end`."""
+        """Copies `rows` to `places`, all below `end`; the filled part then reaches at least to
+        `end`."""
         if self._buffer is None or end > self._buffer.shape[self.dim]:
             self._grow(end, rows)
         assert self._buffer is not None
@@ -56,7 +61,8 @@ class Growing:
         self._len = max(self._len, end)
 
     def keep(self, base: int, indices: Tensor) -> None:
-        """Keeps the first `base` rows and, behind them, the rows at `indices` (rising, all >= base)."""
+        """Keeps the first `base` rows and, behind them, the rows at `indices` (rising, all >=
+        base)."""
         if indices.numel():
             chosen = self.rows.index_select(self.dim, indices)
             self._len = base
@@ -84,7 +90,11 @@ class LayerKV:
     __slots__ = ("_keys", "_positions", "_values")
 
     def __init__(self) -> None:
-        self._keys, self._values, self._positions = Growing(dim=2), Growing(dim=2), Growing()
+        self._keys, self._values, self._positions = (
+            GrowableTensor(dim=2),
+            GrowableTensor(dim=2),
+            GrowableTensor(),
+        )
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -115,7 +125,8 @@ class LayerKV:
         self._positions.append(positions)
 
     def commit(self, num_drafts: int, accepted: Tensor | None) -> None:
-        """Of the last `num_drafts` slots keeps those at `accepted` (offsets into them; None: none), in place."""
+        """Of the last `num_drafts` slots keeps those at `accepted` (offsets into them; None: none),
+        in place."""
         base = len(self) - num_drafts
         for part in (self._keys, self._values, self._positions):
             if accepted is None:
@@ -124,7 +135,8 @@ class LayerKV:
                 part.keep(base, accepted + base)
 
     def crop(self, num_tokens: int) -> Tensor:
-        """Forgets tokens at position `num_tokens` and later. Returns the slots (old numbering) that stayed."""
+        """Forgets tokens at position `num_tokens` and later. Returns the slots (old numbering) that
+        stayed."""
         stay = (self.positions < num_tokens).nonzero()[:, 0]
         for part in (self._keys, self._values, self._positions):
             part.keep(0, stay)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lazyahead.engine.request import Request
 from lazyahead.llm import LLM
-from lazyahead.request import Request
 from lazyahead.sampling import Picker
 
 Scored = tuple[float, bool]
@@ -35,8 +35,9 @@ class _Dictated(Picker):
 
 
 def dictate(llm: LLM, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Scored]:
-    """Each (context, continuation) scored as the engine would write it, token by token: the context is read by
-    `llm.prefill`, and each token brings back what it asks for. All at once; none may be empty."""
+    """Each (context, continuation) scored as the engine would write it, token by token: the context
+    is read by `llm.prefill`, and each token brings back what it asks for. All at once; none may
+    be empty."""
     pickers = [_Dictated(continuation) for _, continuation in pairs]
     llm.engine.answer(
         [

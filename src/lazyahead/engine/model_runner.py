@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lazyahead.prefill.boundary import Flight
+from lazyahead.prefill.policy import Segment
 
 
 class Runner(Protocol):
@@ -19,7 +19,7 @@ class Runner(Protocol):
 
     def attached(self) -> AbstractContextManager[Any]: ...
 
-    def run(self, flights: Sequence[Flight]) -> Tensor: ...
+    def run(self, segments: Sequence[Segment]) -> Tensor: ...
 
     @property
     def num_layers(self) -> int: ...
@@ -31,7 +31,7 @@ class Runner(Protocol):
     def device(self) -> torch.device: ...
 
     @property
-    def travels_alone(self) -> bool:
+    def single_request_only(self) -> bool:
         """Requests must not share passes and prompts must not be split."""
 
     def may_draft(self, start: int, end: int) -> bool:

@@ -1,4 +1,5 @@
-"""lm-eval's view of this engine: `--model lazyahead`, with how it reads and writes as model arguments."""
+"""lm-eval's view of this engine: `--model lazyahead`, with how it reads and writes as model
+arguments."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from rich.progress import track
 
 from lazyahead.cli.options import parse_decode, parse_prefill
 from lazyahead.errors import ConfigError, RequestError
-from lazyahead.evaluation.likelihood import Scored, dictate, score_whole
+from lazyahead.integrations.likelihood import Scored, dictate, score_whole
 from lazyahead.llm import LLM
 from lazyahead.results import Completion
 from lazyahead.sampling import Sampling
@@ -28,7 +29,8 @@ log = logging.getLogger(__name__)
 NOT_HERE = "cuda:0"
 """What lm-eval says of the device when nobody did."""
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size")
-"""Generation settings that mean the same here; beside them `until`, `max_gen_toks` and `do_sample` are known."""
+"""Generation settings that mean the same here; beside them `until`, `max_gen_toks` and `do_sample`
+are known."""
 
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
 """Settings of tasks that ask for nothing at these values, and are refused at others."""
@@ -36,9 +38,11 @@ NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
 
 @register_model("lazyahead")
 class LazyAheadLM(TemplateLM):  # type: ignore[misc]
-    """A model that reads by `prefill` (off, a preset, or a profile) and writes by `decode` (off or lookahead).
+    """A model that reads by `prefill` (off, a preset, or a profile) and writes by `decode` (off or
+    lookahead).
 
-    `batch_size` requests are answered at once. Raises ConfigError naming an argument that is unknown.
+    `batch_size` requests are answered at once. Raises ConfigError naming an argument that is
+    unknown.
     """
 
     def __init__(
@@ -57,9 +61,13 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         if unknown:
             known = "pretrained, prefill, decode, dtype, device, batch_size, max_length, max_gen_toks, seed"
-            raise ConfigError(f"--model_args {', '.join(unknown)}: not known to lazyahead, which takes {known}")
+            raise ConfigError(
+                f"--model_args {', '.join(unknown)}: not known to lazyahead, which takes {known}"
+            )
         if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise ConfigError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+            raise ConfigError(
+                f"batch_size must be a whole number of at least 1, got {batch_size!r}"
+            )
         if device == NOT_HERE and not torch.cuda.is_available():
             log.warning("lazyahead: no %s here, using the processor", device)
             device = None
@@ -73,13 +81,17 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
             decode=parse_decode(str(decode)),
         )
         self.tokenizer = self.llm.tokenizer
-        self.batch_size, self.max_gen_toks, self._seed = int(batch_size), int(max_gen_toks), int(seed)
+        self.batch_size, self.max_gen_toks, self._seed = (
+            int(batch_size),
+            int(max_gen_toks),
+            int(seed),
+        )
         self.max_length = min(int(max_length or self.llm.max_context), self.llm.max_context)
         self._device = self.llm.model.device
         self._completions: list[Completion] = []
         self._num_drawn = 0
 
-    # --- text and tokens -----------------------------------------------------------------------------------------
+    # --- text and tokens --------------------------------------------------------------------------
 
     @property
     def eot_token_id(self) -> int:
@@ -95,17 +107,28 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
     def tokenizer_name(self) -> str:
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Text to tokens; a text that brings its own first token, as chat templates do, gets no second one."""
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Text to tokens; a text that brings its own first token, as chat templates do, gets no
+        second one."""
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
-        return list(self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+        return list(
+            self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)[
+                "input_ids"
+            ]
+        )
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """A chat as text. Raises ConfigError where the tokenizer has no template."""
         if not self.tokenizer.chat_template:
-            raise ConfigError(f"{self.llm.name} has no chat template; leave out --apply_chat_template")
+            raise ConfigError(
+                f"{self.llm.name} has no chat template; leave out --apply_chat_template"
+            )
         return str(
             self.tokenizer.apply_chat_template(
                 chat_history,
@@ -115,22 +138,28 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
             )
         )
 
-    # --- what lm-eval asks ---------------------------------------------------------------------------------------
+    # --- what lm-eval asks ------------------------------------------------------------------------
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The answers, up to their stop strings. Raises ConfigError naming a generation setting that is unknown."""
+        """The answers, up to their stop strings. Raises ConfigError naming a generation setting
+        that is unknown."""
         asked = [(request.args[0], self._sampling(request.args[1])) for request in requests]
         texts: list[str] = []
         for batch in self._batches(asked, "answering", disable_tqdm, lambda pair: repr(pair[1])):
             sampling = batch[0][1]
-            prompts = [self._fit(self.tok_encode(text), sampling.max_new_tokens) for text, _ in batch]
+            prompts = [
+                self._fit(self.tok_encode(text), sampling.max_new_tokens) for text, _ in batch
+            ]
             texts += [completion.text for completion in self._answer(prompts, sampling)]
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts. There is no prompt in them, so lazy reading cannot be measured by it."""
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-likelihood of whole texts. There is no prompt in them, so lazy reading cannot be
+        measured by it."""
         if self.llm.prefill is not None:
             raise ConfigError(
                 "the likelihood of a whole text has no prompt to read lazily: it would be the plain model's whatever "
@@ -144,7 +173,9 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            sums.append(sum(score_whole(self.llm, *make_disjoint_window(window))[0] for window in windows))
+            sums.append(
+                sum(score_whole(self.llm, *make_disjoint_window(window))[0] for window in windows)
+            )
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, sums[-1])
         return sums
 
@@ -159,7 +190,9 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
         for batch in self._batches(requests, "scoring", disable_tqdm):
             pairs = [self._pair(*request) for request in batch]
             if self.llm.prefill is None:
-                scored = [score_whole(self.llm, context, continuation) for context, continuation in pairs]
+                scored = [
+                    score_whole(self.llm, context, continuation) for context, continuation in pairs
+                ]
             else:
                 scored = dictate(self.llm, pairs)
             for (key, *_rest), result in zip(batch, scored, strict=True):
@@ -185,7 +218,7 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
             info["tokens_per_step"] = fmean(one.tokens_per_step for one in stats)
         return {"lazyahead": info}
 
-    # --- their parts ---------------------------------------------------------------------------------------------
+    # --- their parts ------------------------------------------------------------------------------
 
     def _sampling(self, settings: dict[str, Any]) -> Sampling:
         """lm-eval's words to ours."""
@@ -194,18 +227,25 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
         given = {name: value for name, value in given.items() if NEUTRAL.get(name, ...) != value}
         if unknown := [name for name in given if name not in (*SAMPLING, "max_gen_toks")]:
             known = ", ".join(("until", "max_gen_toks", "do_sample", *SAMPLING))
-            raise ConfigError(f"generation setting {', '.join(unknown)} is not known to lazyahead, which takes {known}")
+            raise ConfigError(
+                f"generation setting {', '.join(unknown)} is not known to lazyahead, which takes {known}"
+            )
         values = {name: given[name] for name in SAMPLING if name in given}
         values["temperature"] = values.get("temperature", 1.0) if do_sample else 0.0
         return Sampling(max_new_tokens=given["max_gen_toks"], stop=stop, **values)
 
-    def _pair(self, texts: tuple[str, str], context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+    def _pair(
+        self, texts: tuple[str, str], context: list[int], continuation: list[int]
+    ) -> tuple[list[int], list[int]]:
         if not continuation:
-            raise RequestError(f"the continuation {texts[1]!r} has no tokens of its own; nothing can be scored")
+            raise RequestError(
+                f"the continuation {texts[1]!r} has no tokens of its own; nothing can be scored"
+            )
         return self._fit(context or [self.prefix_token_id], len(continuation)), continuation
 
     def _answer(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
-        """Greedy answers all at once; drawn ones each with its own noise, or repeats would all be the same."""
+        """Greedy answers all at once; drawn ones each with its own noise, or repeats would all be
+        the same."""
         if sampling.temperature == 0:
             completions = self.llm.generate(prompts, sampling=sampling)
         else:
@@ -218,12 +258,17 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
         return completions
 
     def _fit(self, token_ids: list[int], num_more: int) -> list[int]:
-        """The end of a context that leaves room for `num_more` tokens, as lm-eval's own models cut it."""
+        """The end of a context that leaves room for `num_more` tokens, as lm-eval's own models cut
+        it."""
         room = self.max_length - num_more
         if room < 1:
-            raise ConfigError(f"{num_more} new tokens leave no room in a context of {self.max_length}; lower them")
+            raise ConfigError(
+                f"{num_more} new tokens leave no room in a context of {self.max_length}; lower them"
+            )
         if len(token_ids) > room:
-            log.warning("lazyahead: a context of %d tokens was cut to its last %d", len(token_ids), room)
+            log.warning(
+                "lazyahead: a context of %d tokens was cut to its last %d", len(token_ids), room
+            )
         return token_ids[-room:]
 
     def _batches(
@@ -237,11 +282,20 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
         batches = []
         for _, group in groupby(items, kind):
             same = list(group)
-            batches += [same[start : start + self.batch_size] for start in range(0, len(same), self.batch_size)]
+            batches += [
+                same[start : start + self.batch_size]
+                for start in range(0, len(same), self.batch_size)
+            ]
         yield from self._bar(batches, what, is_quiet)
 
     def _bar(self, items: Sequence[Any], what: str, is_quiet: bool) -> Iterator[Any]:
-        from rich.console import Console  # noqa: PLC0415
+        from rich.console import Console
 
         console = Console(stderr=True)
-        yield from track(items, what, console=console, transient=True, disable=is_quiet or not console.is_terminal)
+        yield from track(
+            items,
+            what,
+            console=console,
+            transient=True,
+            disable=is_quiet or not console.is_terminal,
+        )

@@ -9,8 +9,9 @@ from torch import Tensor
 
 @dataclass
 class Reading:
-    """How far the reading of one prompt has come. A prompt is read in one pass, or in parts beside other requests:
-    parts wait at the first boundary until the last token has chosen, then the chosen go on in parts, and so forth.
+    """How far the reading of one prompt has come. A prompt is read in one pass, or in parts beside
+    other requests: parts wait at the first boundary until the last token has chosen, then the
+    chosen go on in parts, and so forth.
     """
 
     start: int
@@ -30,9 +31,11 @@ class Reading:
     is_done: bool = False
 
 
-def part_len(remaining: int, limit: int | None, num_queries: int) -> int:
+def chunk_len(remaining: int, limit: int | None, num_queries: int) -> int:
     """Rows of the next part: at most `limit`, but the last part holds every row that scores."""
     if limit is None or remaining <= limit:
         return remaining
     part = min(max(2, limit), remaining - num_queries)
-    return part if part > 1 else remaining  # a row that flies alone is the last: nothing cached lies behind it
+    return (
+        part if part > 1 else remaining
+    )  # a row that flies alone is the last: nothing cached lies behind it

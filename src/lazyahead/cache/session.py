@@ -1,4 +1,5 @@
-"""What a conversation keeps: keys and values of what was computed, hidden states of what was deferred."""
+"""What a conversation keeps: keys and values of what was computed, hidden states of what was
+deferred."""
 
 from __future__ import annotations
 
@@ -6,14 +7,15 @@ from collections.abc import Sequence
 
 import torch
 
-from lazyahead.hf.cache import Growing, LayerKV
+from lazyahead.cache.kv import GrowableTensor, LayerKV
+from lazyahead.cache.stash import Stash
 from lazyahead.prefill.schedule import Boundary
-from lazyahead.prefill.stash import Stash
 from lazyahead.results import Reach
 
 
 class Session:
-    """One conversation on one model. Every token is, at each layer, cached or stashed at or above it: none is lost."""
+    """One conversation on one model. Every token is, at each layer, cached or stashed at or above
+    it: none is lost."""
 
     def __init__(self, num_layers: int, boundaries: Sequence[Boundary] = ()) -> None:
         self.token_ids: list[int] = []
@@ -23,10 +25,11 @@ class Session:
         self.kv = [LayerKV() for _ in range(num_layers)]
         self.boundaries = {boundary.layer: boundary for boundary in boundaries}
         self.stashes = {layer: Stash() for layer in self.boundaries}
-        self.tables: list[Growing] = []
+        self.tables: list[GrowableTensor] = []
         """The model's position tables by position, for rows that may come back."""
         self.prompt_len = 0
-        """Tokens that are prompt, the latest turn's included; what follows is the running answer."""
+        """Tokens that are prompt, the latest turn's included; what follows is the running answer.
+        """
         self.num_revived = 0
         self.prefill_lens: list[int] = []
         """Slots of each layer when the latest prompt had been read."""
@@ -48,8 +51,9 @@ class Session:
         return sum(len(stash) for stash in self.stashes.values())
 
     @property
-    def foretold(self) -> dict[int, list[int]]:
-        """By layer, the boundaries whose waiting tokens are known by the keys they would have there."""
+    def approx_keys(self) -> dict[int, list[int]]:
+        """By layer, the boundaries whose waiting tokens are known by the keys they would have
+        there."""
         found: dict[int, list[int]] = {}
         for boundary, stash in self.stashes.items():
             for layer in stash.keys if len(stash) else ():
@@ -59,7 +63,11 @@ class Session:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        held: list[LayerKV | Stash | Growing] = [*self.kv, *self.stashes.values(), *self.tables]
+        held: list[LayerKV | Stash | GrowableTensor] = [
+            *self.kv,
+            *self.stashes.values(),
+            *self.tables,
+        ]
         return sum(part.nbytes for part in held)
 
     @property
@@ -87,7 +95,8 @@ class Session:
             stash.mark()
 
     def rollback(self) -> bool:
-        """Undoes a pass that was broken off, if it was: tells so. A model with a cache of its own starts anew."""
+        """Undoes a pass that was broken off, if it was: tells so. A model with a cache of its own
+        starts anew."""
         if self._mark is None:
             return False
         lengths, self.num_revived = self._mark
@@ -118,11 +127,14 @@ class Session:
             if layer + 1 in self.stashes:
                 self.stashes[layer + 1].crop(num_tokens, stayed, num_slots)
         if 0 in self.stashes and self.stashes[0].nbytes:
-            below = torch.arange(num_tokens, device=self.stashes[0].slots.device)  # slots are positions there
+            below = torch.arange(
+                num_tokens, device=self.stashes[0].slots.device
+            )  # slots are positions there
             self.stashes[0].crop(num_tokens, below, num_before)
 
     def commit(self, tokens: Sequence[int], num_drafts: int, accepted: Sequence[int]) -> None:
-        """After a pass by which `tokens` have entered: of its `num_drafts` draft rows keeps those at `accepted`."""
+        """After a pass by which `tokens` have entered: of its `num_drafts` draft rows keeps those
+        at `accepted`."""
         if num_drafts:
             is_prefix = list(accepted) == list(range(len(accepted)))
             rows = None if is_prefix else torch.tensor(accepted, device=self.kv[0].positions.device)

@@ -9,7 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from lazyahead.errors import LazyAheadError
 
@@ -22,7 +27,8 @@ class Unfit(Exception):  # noqa: N818 (a verdict)
 
 
 class Mask:
-    """Stands for an attention mask on its way through the model: the rule behind it, never its values."""
+    """Stands for an attention mask on its way through the model: the rule behind it, never its
+    values."""
 
     def __init__(self, rule: Any) -> None:
         self.rule = rule
@@ -75,7 +81,9 @@ def look(model: PreTrainedModel, num_tokens: int) -> Look:
         stack.enter_context(switched(all_configs(model), _NAME))
         for members in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
             for member in members:
-                stack.callback(member.register_forward_pre_hook(_taker(seen), with_kwargs=True).remove)
+                stack.callback(
+                    member.register_forward_pre_hook(_taker(seen), with_kwargs=True).remove
+                )
         model(
             input_ids=torch.arange(2, 2 + num_tokens, device=device)[None],
             position_ids=torch.arange(num_tokens, device=device)[None],
@@ -104,7 +112,9 @@ def all_configs(model: PreTrainedModel) -> tuple[PretrainedConfig, ...]:
 @contextmanager
 def switched(configs: Sequence[PretrainedConfig], name: str) -> Iterator[None]:
     """Inside, the models of these configs call the attention function registered as `name`."""
-    before = [config._attn_implementation_internal for config in configs]  # the public setter also sets sub-configs
+    before = [
+        config._attn_implementation_internal for config in configs
+    ]  # the public setter also sets sub-configs
     try:
         for config in configs:
             config._attn_implementation_internal = name

@@ -1,4 +1,5 @@
-"""Answers name things in the order in which they were asked for: a pointer into the end of the prompt."""
+"""Answers name things in the order in which they were asked for: a pointer into the end of the
+prompt."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -42,9 +43,10 @@ def spelling(tokenizer: Any) -> Spell | None:
 class Pointer:
     """Follows an answer through the end of its prompt.
 
-    The answer quotes a thing asked for, says something about it, and goes on with the next one. So where the few tokens
-    stand that led to the last quote, another is likely to begin, as far behind the last in the prompt as that was
-    behind the one before. The first is looked for where the prompt has the answer's first words, in another case.
+    The answer quotes a thing asked for, says something about it, and goes on with the next one. So
+    where the few tokens stand that led to the last quote, another is likely to begin, as far behind
+    the last in the prompt as that was behind the one before. The first is looked for where the
+    prompt has the answer's first words, in another case.
     """
 
     def __init__(self, prompt: Sequence[int], spell: Spell | None = None) -> None:
@@ -93,11 +95,19 @@ class Pointer:
         if length < _SURE:
             self._is_quoting = False
             return
-        if self._is_quoting and now.get(self._end + 1) == length and runs.get(self._end) == length - 1:
+        if (
+            self._is_quoting
+            and now.get(self._end + 1) == length
+            and runs.get(self._end) == length - 1
+        ):
             self._end += 1  # the quote goes on
             return
         before = self._end_before if self._is_quoting else self._end
-        ends = [end for end, run in now.items() if run == length and (end - length >= before or run >= _SURER)]
+        ends = [
+            end
+            for end, run in now.items()
+            if run == length and (end - length >= before or run >= _SURER)
+        ]
         begin = len(self._written) - length
         lead = self._written[max(0, begin - _LEAD) : begin]
         if not ends or not lead:
@@ -111,7 +121,8 @@ class Pointer:
         self.lead = lead
 
     def next(self, path: Sequence[int], num_tokens: int) -> Next | None:
-        """What the answer may go on with behind the guesses `path`, where the last token announces a quote."""
+        """What the answer may go on with behind the guesses `path`, where the last token announces
+        a quote."""
         if path:
             ahead = self._copy()
             ahead.extend(path)
@@ -122,7 +133,11 @@ class Pointer:
             place, rest = self._end + self._gap, self.lead[self.lead.index(token) + 1 :]
         if place is None or place >= num_tail:
             return None
-        return Next([*rest, *self._tail[place : place + num_tokens]], place - len(rest) - num_tail, self._end < 0)
+        return Next(
+            [*rest, *self._tail[place : place + num_tokens]],
+            place - len(rest) - num_tail,
+            self._end < 0,
+        )
 
     def _behind(self, token: int) -> int | None:
         """The last place behind another token that is spelled the same."""

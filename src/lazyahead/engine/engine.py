@@ -1,4 +1,5 @@
-"""The loop: admit -> draft -> forward -> verify -> commit. Rows of all running requests travel in one pass."""
+"""The loop: admit -> draft -> forward -> verify -> commit. Rows of all running requests travel in
+one pass."""
 
 from __future__ import annotations
 
@@ -11,26 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lazyahead.cache.session import Session
 from lazyahead.config import LazyPrefill, Lookahead
 from lazyahead.draft.budget import RowCost, Step, choose
 from lazyahead.draft.drafter import Drafter, NoDrafter
 from lazyahead.draft.tree import Draft
 from lazyahead.draft.verify import walk
 from lazyahead.draft.watch import WatchedCost
+from lazyahead.engine.model_runner import Runner
+from lazyahead.engine.request import Request
 from lazyahead.errors import ConfigError
-from lazyahead.prefill.boundary import Flight
-from lazyahead.prefill.reading import part_len
+from lazyahead.prefill.policy import Segment
+from lazyahead.prefill.progress import chunk_len
 from lazyahead.prefill.schedule import boundaries
-from lazyahead.request import Request
-from lazyahead.runner import Runner
-from lazyahead.session import Session
 
 
 class Engine:
-    """Runs requests on one model, many at once. `submit`, then `step` until `is_idle`, inside `with engine:`.
+    """Runs requests on one model, many at once. `submit`, then `step` until `is_idle`, inside `with
+    engine:`.
 
-    Beside running answers a prompt is read in parts of `max_stall_rows` rows, which bounds how long a pass can stall
-    them; alone it is read in one pass. `row_cost` tells how many drafts pay; without it every draft is verified.
+    Beside running answers a prompt is read in parts of `prefill_chunk_size` rows, which bounds how
+    long a pass can stall them; alone it is read in one pass. `row_cost` tells how many drafts pay;
+    without it every draft is verified.
     """
 
     def __init__(
@@ -41,14 +44,16 @@ class Engine:
         *,
         drafter: Drafter | None = None,
         row_cost: Callable[[], RowCost] | None = None,
-        max_stall_rows: int = 512,
+        prefill_chunk_size: int = 512,
         max_running: int = 64,
     ) -> None:
-        if max_stall_rows < 1 or max_running < 1:
-            raise ConfigError(f"max_stall_rows {max_stall_rows} and max_running {max_running} must be at least 1")
+        if prefill_chunk_size < 1 or max_running < 1:
+            raise ConfigError(
+                f"prefill_chunk_size {prefill_chunk_size} and max_running {max_running} must be at least 1"
+            )
         self.runner, self.prefill, self.decode = runner, prefill, decode
         self.drafter = drafter or NoDrafter()
-        self.max_stall_rows, self.max_running = max_stall_rows, max_running
+        self.prefill_chunk_size, self.max_running = prefill_chunk_size, max_running
         self._row_cost = WatchedCost(row_cost) if row_cost is not None else None
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
@@ -58,7 +63,7 @@ class Engine:
         """An empty session for this engine's model and way of reading."""
         if self.prefill is None:
             return Session(self.runner.num_layers)
-        needs_attention = self.prefill.scorer.queries > 0
+        needs_attention = self.prefill.scorer.window_size > 0
         placed = boundaries(self.prefill.schedule, self.runner.attends_fully, needs_attention)
         return Session(self.runner.num_layers, placed)
 
@@ -81,10 +86,11 @@ class Engine:
         self._waiting.append(request)
 
     def cancel(self, request: Request) -> None:
-        """Takes a request out between two steps; what it has written stays, a prompt half read is forgotten."""
+        """Takes a request out between two steps; what it has written stays, a prompt half read is
+        forgotten."""
         if request.finish_reason is not None:
             return
-        if request.is_reading and request in self._running:
+        if request.is_prefilling and request in self._running:
             session = request.session
             pending = session.pending
             session.crop(request.reading.start)
@@ -92,7 +98,8 @@ class Engine:
         self._finish(request, "cancelled")
 
     def answer(self, requests: Sequence[Request]) -> None:
-        """Submits these and steps until all have ended. Left early, by an exception, it cancels those that have not."""
+        """Submits these and steps until all have ended. Left early, by an exception, it cancels
+        those that have not."""
         with self:
             try:
                 for request in requests:
@@ -104,21 +111,22 @@ class Engine:
                     self.cancel(request)
 
     def step(self) -> None:
-        """One pass for all running requests. Where it is broken off, what it has not committed is as before it."""
+        """One pass for all running requests. Where it is broken off, what it has not committed is
+        as before it."""
         self._admit()
-        flights = self._draft()
+        segments = self._draft()
         begin = time.perf_counter()
         try:
-            logits = self._forward(flights)
-            runs = self._verify(flights, logits)
-            self._watch(flights, time.perf_counter() - begin)
+            logits = self._forward(segments)
+            runs = self._verify(segments, logits)
+            self._watch(segments, time.perf_counter() - begin)
             self._commit(runs)
         except BaseException:
-            for request, flight in flights:
-                request.forget(flight.undo())
+            for request, segment in segments:
+                request.forget(segment.undo())
             raise
 
-    # --- the phases ----------------------------------------------------------------------------------------------
+    # --- the phases -------------------------------------------------------------------------------
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self.max_running:
@@ -126,73 +134,91 @@ class Engine:
             request.session.prompt_len = len(request.prompt)
             self._running.append(request)
 
-    def _draft(self) -> list[tuple[Request, Flight]]:
+    def _draft(self) -> list[tuple[Request, Segment]]:
         """The rows of each request: a root and its drafts, or the next part of a prompt."""
-        writing = [request for request in self._running if not request.is_reading]
-        limit = self.max_stall_rows if writing and not self.runner.travels_alone else None
+        writing = [request for request in self._running if not request.is_prefilling]
+        limit = self.prefill_chunk_size if writing and not self.runner.single_request_only else None
         reading = self._read_all(limit)
-        self._propose(writing, sum(len(flight.token_ids) for _, flight in reading))
+        self._propose(writing, sum(len(segment.token_ids) for _, segment in reading))
         return [(request, self._write(request)) for request in writing] + reading
 
-    def _forward(self, flights: Sequence[tuple[Request, Flight]]) -> list[Tensor | None]:
-        """Logits (R, V) of each flight's rows that speak; None where none do."""
-        together = [[flight for _, flight in flights]] if flights else []
-        groups = [[flight] for _, flight in flights] if self.runner.travels_alone else together
+    def _forward(self, segments: Sequence[tuple[Request, Segment]]) -> list[Tensor | None]:
+        """Logits (R, V) of each segment's rows that speak; None where none do."""
+        together = [[segment for _, segment in segments]] if segments else []
+        groups = (
+            [[segment] for _, segment in segments] if self.runner.single_request_only else together
+        )
         parts: list[Tensor | None] = []
         for group in groups:
             logits = self.runner.run(group)
             start = 0
-            for flight in group:
-                num = len(flight.speaks) if logits.numel() else 0
+            for segment in group:
+                num = len(segment.logits_indices) if logits.numel() else 0
                 parts.append(logits[start : start + num] if num else None)
                 start += num
         return parts
 
     def _verify(
-        self, flights: Sequence[tuple[Request, Flight]], logits: Sequence[Tensor | None]
-    ) -> list[tuple[Request, Flight, list[int], list[int]]]:
-        """What each request's answer goes on with: tokens, and the draft nodes whose rows hold them."""
+        self, segments: Sequence[tuple[Request, Segment]], logits: Sequence[Tensor | None]
+    ) -> list[tuple[Request, Segment, list[int], list[int]]]:
+        """What each request's answer goes on with: tokens, and the draft nodes whose rows hold
+        them."""
         runs = []
-        for (request, flight), rows in zip(flights, logits, strict=True):
-            reading = flight.reading
+        for (request, segment), rows in zip(segments, logits, strict=True):
+            reading = segment.reading
             if reading is not None:
-                reading.num_entered = min(reading.end, len(request.session) + len(flight.token_ids)) - reading.start
-                reading.is_done = flight.has_last and reading.stage is None
+                reading.num_entered = (
+                    min(reading.end, len(request.session) + len(segment.token_ids)) - reading.start
+                )
+                reading.is_done = segment.has_last and reading.stage is None
             elif rows is not None:
-                flight.settle(rows)
-            if rows is None or flight.wants or (reading is not None and not reading.is_done):
-                runs.append((request, flight, list[int](), list[int]()))
+                segment.check_recall(rows)
+            if rows is None or segment.to_revive or (reading is not None and not reading.is_done):
+                runs.append((request, segment, list[int](), list[int]()))
                 continue
-            tokens, nodes = self._walk(request, flight, rows)
-            runs.append((request, flight, tokens, nodes))
+            tokens, nodes = self._walk(request, segment, rows)
+            runs.append((request, segment, tokens, nodes))
         return runs
 
-    def _commit(self, runs: Sequence[tuple[Request, Flight, list[int], list[int]]]) -> None:
-        """Accepted rows stay in place, the rest is dropped; an answer ends at the very token that ends it."""
-        for request, flight, tokens, nodes in runs:
-            if flight.wants:  # once more, with what the root turned out to need
-                request.wants = flight.wants
+    def _commit(self, runs: Sequence[tuple[Request, Segment, list[int], list[int]]]) -> None:
+        """Accepted rows stay in place, the rest is dropped; an answer ends at the very token that
+        ends it."""
+        for request, segment, tokens, nodes in runs:
+            if segment.to_revive:  # once more, with what the root turned out to need
+                request.to_revive = segment.to_revive
                 request.num_steps += 1
-                flight.undo()
+                segment.undo()
                 continue
-            told, reason = self._accept(request, tokens)
-            kept = nodes[: max(0, len(told) - 1)]
-            request.wants = flight.wanted_next(request.draft.child(nodes, tokens)) if flight.num_drafts else {}
-            request.session.commit(flight.entered_tokens(kept), flight.num_drafts, kept)
-            if told:
-                request.sources = request.draft.sources_of(nodes, len(told))
-                self._tell(request, flight, tokens, told, reason)
+            emitted, reason = self._accept(request, tokens)
+            kept = nodes[: max(0, len(emitted) - 1)]
+            request.to_revive = (
+                segment.to_revive_next(request.draft.child(nodes, tokens))
+                if segment.num_drafts
+                else {}
+            )
+            request.session.commit(segment.entered_tokens(kept), segment.num_drafts, kept)
+            if emitted:
+                request.sources = request.draft.sources_of(nodes, len(emitted))
+                self._tell(request, segment, tokens, emitted, reason)
 
-    # --- their parts ---------------------------------------------------------------------------------------------
+    # --- their parts ------------------------------------------------------------------------------
 
     def _propose(self, writing: Sequence[Request], num_reading: int) -> None:
-        """Each request's draft, cut to the nodes that raise expected tokens per second in the common pass."""
+        """Each request's draft, cut to the nodes that raise expected tokens per second in the
+        common pass."""
         if self.decode is None or not writing:
             return
         others = num_reading + sum(request.num_reviving for request in writing)
-        num_context, limit = sum(len(request.session) for request in writing), self.decode.decoding_length
+        num_context, limit = (
+            sum(len(request.session) for request in writing),
+            self.decode.decoding_length,
+        )
         cost = self._row_cost.cost if self._row_cost is not None else None
-        steps = [Step(cost, len(writing), others, num_context // len(writing))] if cost is not None else []
+        steps = (
+            [Step(cost, len(writing), others, num_context // len(writing))]
+            if cost is not None
+            else []
+        )
         for request in writing:
             request.proposed = Draft.EMPTY
             room = request.max_new_tokens - len(request.answer) - 1
@@ -208,43 +234,72 @@ class Engine:
                 if request.proposed.probs:
                     request.draft = request.proposed.best(count)
 
-    def _watch(self, flights: Sequence[tuple[Request, Flight]], seconds: float) -> None:
+    def _watch(self, segments: Sequence[tuple[Request, Segment]], seconds: float) -> None:
         """What rows cost is told how long a pass took in which all are writing."""
-        if self._row_cost is not None and flights and all(flight.reading is None for _, flight in flights):
-            rows = sum(len(flight.token_ids) for _, flight in flights)
-            self._row_cost.note(rows, sum(len(request.session) for request, _ in flights) // len(flights), seconds)
+        if (
+            self._row_cost is not None
+            and segments
+            and all(segment.reading is None for _, segment in segments)
+        ):
+            rows = sum(len(segment.token_ids) for _, segment in segments)
+            self._row_cost.note(
+                rows, sum(len(request.session) for request, _ in segments) // len(segments), seconds
+            )
 
-    def _write(self, request: Request) -> Flight:
+    def _write(self, request: Request) -> Segment:
         draft = request.draft
         ancestors = torch.from_numpy(draft.ancestors).to(self.runner.device) if len(draft) else None
-        rows = (request.session, self.prefill, [*request.session.pending, *draft.token_ids], self.runner.device)
-        return Flight(*rows, depths=draft.depths, ancestors=ancestors, brings=request.wants)
+        rows = (
+            request.session,
+            self.prefill,
+            [*request.session.pending, *draft.token_ids],
+            self.runner.device,
+        )
+        return Segment(
+            *rows, depths=draft.depths, ancestors=ancestors, to_revive_now=request.to_revive
+        )
 
-    def _read_all(self, limit: int | None) -> list[tuple[Request, Flight]]:
-        """Prompts first come first served: a whole one where nobody waits for a token, else parts of `limit` rows."""
-        flights = []
-        for request in (request for request in self._running if request.is_reading):
-            flight = self._read(request, limit)
-            flights.append((request, flight))
-            may_grow = flight.has_last and request.session.num_stashed > 0
+    def _read_all(self, limit: int | None) -> list[tuple[Request, Segment]]:
+        """Prompts first come first served: a whole one where nobody waits for a token, else parts
+        of `limit` rows."""
+        segments = []
+        for request in (request for request in self._running if request.is_prefilling):
+            segment = self._read(request, limit)
+            segments.append((request, segment))
+            may_grow = segment.has_last and request.session.num_stashed > 0
             if limit is None or request.reading.stage is not None or may_grow:
                 break
-            limit -= len(flight.token_ids)
+            limit -= len(segment.token_ids)
             if limit <= 0:
                 break
-        return flights
+        return segments
 
-    def _read(self, request: Request, limit: int | None) -> Flight:
+    def _read(self, request: Request, limit: int | None) -> Segment:
         reading, start = request.reading, len(request.session)
-        token_ids: Sequence[int] = request.prompt[-1:]  # carries on what was chosen: one row keeps its place
+        token_ids: Sequence[int] = request.prompt[
+            -1:
+        ]  # carries on what was chosen: one row keeps its place
         if reading.stage is None:
-            queries = self.prefill.scorer.queries if self.prefill is not None else 1
-            token_ids = request.prompt[start : start + part_len(reading.end - start, limit, max(1, queries))]
-        return Flight(request.session, self.prefill, token_ids, self.runner.device, reading=reading, limit=limit)
+            queries = self.prefill.scorer.window_size if self.prefill is not None else 1
+            token_ids = request.prompt[
+                start : start + chunk_len(reading.end - start, limit, max(1, queries))
+            ]
+        return Segment(
+            request.session,
+            self.prefill,
+            token_ids,
+            self.runner.device,
+            reading=reading,
+            limit=limit,
+        )
 
-    def _walk(self, request: Request, flight: Flight, rows: Tensor) -> tuple[list[int], list[int]]:
+    def _walk(
+        self, request: Request, segment: Segment, rows: Tensor
+    ) -> tuple[list[int], list[int]]:
         """Follows the model's own choices through the draft."""
-        if request.drafts is None and self.decode is not None:  # indexed while a GPU still computes the pass
+        if (
+            request.drafts is None and self.decode is not None
+        ):  # indexed while a GPU still computes the pass
             request.drafts = self.drafter.start(request.prompt, self.decode.namespace)
         picker = request.picker
         likeliest = rows.argmax(-1).tolist() if picker.is_plain and request.scores is None else None
@@ -260,8 +315,8 @@ class Engine:
                 request.logits.append(bare.float())
             return picker.choose(processed, len(request.answer) + len(tokens))
 
-        draft = request.draft if flight.reading is None else Draft.EMPTY
-        blocked = set(flight.blocked.nonzero()[:, 0].tolist()) if flight.num_drafts else set()
+        draft = request.draft if segment.reading is None else Draft.EMPTY
+        blocked = set(segment.blocked.nonzero()[:, 0].tolist()) if segment.num_drafts else set()
         return walk(draft, pick, blocked=blocked)
 
     def _accept(self, request: Request, tokens: Sequence[int]) -> tuple[Sequence[int], str | None]:
@@ -276,14 +331,19 @@ class Engine:
         return tokens, None
 
     def _tell(
-        self, request: Request, flight: Flight, tokens: Sequence[int], told: Sequence[int], reason: str | None
+        self,
+        request: Request,
+        segment: Segment,
+        tokens: Sequence[int],
+        emitted: Sequence[int],
+        reason: str | None,
     ) -> None:
         """The session and the drafter hear of the step, then the caller does."""
         session = request.session
-        session.pending = [told[-1]]
-        request.num_told = len(request.answer)
+        session.pending = [emitted[-1]]
+        request.num_emitted = len(request.answer)
         request.last_token = time.perf_counter()
-        if flight.reading is not None:
+        if segment.reading is not None:
             session.prefill_lens = [len(kv) for kv in session.kv]
             for stash in session.stashes.values():
                 stash.compact()
@@ -293,13 +353,13 @@ class Engine:
             request.num_reviving = session.num_revived - request.num_revived_seen
         request.num_revived_seen = session.num_revived
         if request.drafts is not None:
-            request.drafts.extend(told)
-            if flight.reading is None:
+            request.drafts.extend(emitted)
+            if segment.reading is None:
                 request.drafts.feedback(request.proposed, tokens)
         for kept in (request.scores, request.logits):
             if kept is not None:
                 del kept[len(request.answer) :]
-        request.emit(told, reason)
+        request.emit(emitted, reason)
         if reason is not None:
             self._finish(request, reason)
 

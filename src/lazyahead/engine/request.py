@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lazyahead.cache.session import Session
 from lazyahead.draft.drafter import DraftRequest
 from lazyahead.draft.tree import Draft, Source
-from lazyahead.prefill.reading import Reading
+from lazyahead.prefill.progress import Reading
 from lazyahead.results import Stats
 from lazyahead.sampling import Picker
-from lazyahead.session import Session
 
 
 class Request:
@@ -32,13 +32,14 @@ class Request:
         prefix: Sequence[int] | None = None,
         min_tokens: int | None = None,
     ) -> None:
-        """`prompt` is the whole text, whose first `len(session)` tokens the session has read. `accept` sees each
-        token of the answer and may answer with a finish reason; `emit` hears of each step after it is committed.
-        `prefix` is what processors see in place of `prompt` (left padding included)."""
+        """`prompt` is the whole text, whose first `len(session)` tokens the session has read.
+        `accept` sees each token of the answer and may answer with a finish reason; `emit` hears
+        of each step after it is committed. `prefix` is what processors see in place of `prompt`
+        (left padding included)."""
         self.prompt, self.picker, self.accept, self.emit = list(prompt), picker, accept, emit
         self.session, self.max_new_tokens = session, max_new_tokens
         self.answer: list[int] = []
-        self.num_told = 0
+        self.num_emitted = 0
         """Tokens of the answer that are committed."""
         self.finish_reason: str | None = None
         self.num_reused, self.num_steps = len(session), 0
@@ -52,8 +53,9 @@ class Request:
         self.proposed = self.draft = Draft.EMPTY
         """What the drafter proposed for this step, and what of it is verified."""
         self.sources: tuple[Source | None, ...] = ()
-        """Where each token that the latest step told was drafted from; None: the model's own pick."""
-        self.wants: Mapping[int, Tensor] = {}
+        """Where each token that the latest step told was drafted from; None: the model's own pick.
+        """
+        self.to_revive: Mapping[int, Tensor] = {}
         """What the next pass brings back from the stashes, by boundary."""
         self.num_reviving = 0
         """Rows that came back in the latest step: they share the budget of the next."""
@@ -61,19 +63,22 @@ class Request:
         self.drafts: DraftRequest | None = None
         self._num_revived_before = session.num_revived
         num_new = len(self.prompt) - len(session)
-        self.reading = Reading(len(session), len(self.prompt), num_new >= (min_tokens or 0), question)
+        self.reading = Reading(
+            len(session), len(self.prompt), num_new >= (min_tokens or 0), question
+        )
         self._prefix = _Prefix(self.prompt if prefix is None else prefix)
 
     def forget(self, is_undone: bool) -> None:
-        """A pass was broken off: what it had added to the answer, and the scores it had noted, are gone."""
+        """A pass was broken off: what it had added to the answer, and the scores it had noted, are
+        gone."""
         if is_undone:
-            del self.answer[self.num_told :]
+            del self.answer[self.num_emitted :]
         for kept in (self.scores, self.logits):
             if kept is not None:
                 del kept[len(self.answer) :]
 
     @property
-    def is_reading(self) -> bool:
+    def is_prefilling(self) -> bool:
         return not self.reading.is_done
 
     @property

@@ -1,4 +1,5 @@
-"""Where a model's parts are and what its layers see, found by watching it run, never by family name."""
+"""Where a model's parts are and what its layers see, found by watching it run, never by family
+name."""
 
 from __future__ import annotations
 
@@ -12,14 +13,24 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lazyahead.hf.load import max_context
-from lazyahead.hf.look import Call, Entry, Look, Mask, Unfit, all_configs, look
 from lazyahead.hf.rope import Rope, growing_rope
+from lazyahead.hf.trace import Call, Entry, Look, Mask, Unfit, all_configs, look
 from lazyahead.prefill.schedule import LayerShape
 
 ATTENTION_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Layer types whose whole memory is keys and values by position."""
-_HONOURED = {"scaling", "sliding_window", "softcap", "s_aux", "is_causal", "dropout", "position_ids", "cache_position"}
-"""What attention may be called with: heeded, or without effect on which token sees what. Flags (bool) aside."""
+_HONOURED = {
+    "scaling",
+    "sliding_window",
+    "softcap",
+    "s_aux",
+    "is_causal",
+    "dropout",
+    "position_ids",
+    "cache_position",
+}
+"""What attention may be called with: heeded, or without effect on which token sees what. Flags
+(bool) aside."""
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _FARTHEST = 1 << 20
 """Windows that are wider than this are none."""
@@ -27,7 +38,8 @@ _FARTHEST = 1 << 20
 
 @dataclass(frozen=True)
 class Table:
-    """An argument of layers that holds one row per token in the pass: rotary tables, position ids and the like."""
+    """An argument of layers that holds one row per token in the pass: rotary tables, position ids
+    and the like."""
 
     key: int
     """Layers that are handed one and the same object share a key."""
@@ -40,7 +52,7 @@ Plan = Table | tuple["Plan | None", ...] | None
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelSpec:
     """The parts of one model that the seams need."""
 
     layers: tuple[nn.Module, ...]
@@ -60,7 +72,8 @@ class Anatomy:
     """Per layer: the tables among its arguments, by place or name."""
     num_tables: int
     rope: Rope | None
-    """Rotary tables that change with the longest position in a pass: requests then travel alone and unsplit."""
+    """Rotary tables that change with the longest position in a pass: requests then travel alone and
+    unsplit."""
 
     @property
     def num_layers(self) -> int:
@@ -91,25 +104,31 @@ class Anatomy:
 
     @property
     def layer_shape(self) -> LayerShape:
-        """Mean cost of a layer, for ideal speed-ups; of a mixture of experts only those that a token visits."""
+        """Mean cost of a layer, for ideal speed-ups; of a mixture of experts only those that a
+        token visits."""
         config = self.configs[0].get_text_config()
         total = sum(parameter.numel() for layer in self.layers for parameter in layer.parameters())
         experts = next((n for name in _EXPERTS if (n := getattr(config, name, None))), 0)
         active = getattr(config, "num_experts_per_tok", None) or 0
         if experts and active:
             routed = sum(
-                p.numel() for layer in self.layers for name, p in layer.named_parameters() if "experts" in name
+                p.numel()
+                for layer in self.layers
+                for name, p in layer.named_parameters()
+                if "experts" in name
             )
             total -= round(routed * (1 - active / experts))
         means = (total, sum(self.widths), sum(self.projected))
         return LayerShape(*(number // self.num_layers for number in means))
 
 
-def dissect(model: PreTrainedModel) -> Anatomy:
+def inspect_model(model: PreTrainedModel) -> ModelSpec:
     """The parts of a model. Raises Unfit with the reason why its tokens cannot be deferred."""
     foreign = sorted(set(declared_types(model)) - ATTENTION_TYPES)
     if foreign:
-        raise Unfit(f"layers of type {', '.join(foreign)} keep a state that no token can join later")
+        raise Unfit(
+            f"layers of type {', '.join(foreign)} keep a state that no token can join later"
+        )
     head = model.get_output_embeddings()
     if head is None:
         raise Unfit("the model has no output head")
@@ -119,14 +138,17 @@ def dissect(model: PreTrainedModel) -> Anatomy:
     reaches = _reaches(calls, max_context(model))
     tables: dict[tuple[int, int, int], Table] = {}
     plans = tuple(_plans(short.entries[layer], long.entries[layer], tables) for layer in layers)
-    return Anatomy(
+    return ModelSpec(
         layers=layers,
         head=head,
         configs=all_configs(model),
         windows=tuple(window for window, _ in reaches),
         chunks=tuple(chunk for _, chunk in reaches),
         widths=tuple(call.query.shape[1] * call.query.shape[3] for call in calls),
-        projected=tuple(_num_projected(short.entries[layer], call) for layer, call in zip(layers, calls, strict=True)),
+        projected=tuple(
+            _num_projected(short.entries[layer], call)
+            for layer, call in zip(layers, calls, strict=True)
+        ),
         plans=plans,
         num_tables=len(tables),
         rope=growing_rope(model),
@@ -134,7 +156,8 @@ def dissect(model: PreTrainedModel) -> Anatomy:
 
 
 def _num_projected(entry: Entry, call: Call) -> int:
-    """Weights between a layer's hidden states and its attention, as if each number came of all of them."""
+    """Weights between a layer's hidden states and its attention, as if each number came of all of
+    them."""
     hidden = entry.args[0] if entry.args else entry.kwargs["hidden_states"]
     widths = (part.shape[1] * part.shape[3] for part in (call.query, call.keys, call.keys))
     return int(hidden.shape[-1]) * sum(widths)
@@ -143,7 +166,9 @@ def _num_projected(entry: Entry, call: Call) -> int:
 def declared_types(model: PreTrainedModel) -> tuple[str, ...]:
     """Layer types as the config names them; empty where it does not."""
     config = model.config.get_text_config()
-    return tuple(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
+    return tuple(
+        getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    )
 
 
 def _looks(model: PreTrainedModel) -> tuple[Look, Look]:
@@ -166,7 +191,9 @@ def _layers(model: nn.Module, seen: Look) -> tuple[nn.Module, ...]:
     ran: list[nn.Module] = []
     for stack in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
         inside = [member for member in stack if not callers.isdisjoint(member.modules())]
-        if len(inside) > len(best) and callers.issubset(part for member in inside for part in member.modules()):
+        if len(inside) > len(best) and callers.issubset(
+            part for member in inside for part in member.modules()
+        ):
             best, ran = inside, [member for member in stack if member in seen.entries]
     if not best:
         raise Unfit("its attention calls do not come from one stack of layers")
@@ -202,12 +229,14 @@ def _check_call(index: int, call: Call, num_tokens: int) -> None:
     if unknown:
         raise Unfit(f"layer {index} passes {', '.join(unknown)} to its attention")
     if call.query.shape[2] != num_tokens or call.keys.shape[2] != num_tokens:
-        raise Unfit(f"layer {index} attends with {call.query.shape[2]} rows to {call.keys.shape[2]} keys of its own")
+        raise Unfit(
+            f"layer {index} attends with {call.query.shape[2]} rows to {call.keys.shape[2]} keys of its own"
+        )
     if call.extras.get("is_causal") is False or not isinstance(call.mask, Mask):
         raise Unfit(f"layer {index} does not take its mask from transformers' mask interface")
 
 
-# --- masks ------------------------------------------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------------------
 
 
 def _reaches(calls: Sequence[Call], context: int) -> list[tuple[int | None, int | None]]:
@@ -224,7 +253,9 @@ def _reach(rule: Any, far: int, device: torch.device, layer: int) -> tuple[int |
     """(window, chunk) of a mask rule, proved on a grid of positions up to `far`."""
 
     def first_seen(query: int) -> int:
-        seen = rule(0, 0, torch.tensor(query, device=device), torch.arange(query + 1, device=device))
+        seen = rule(
+            0, 0, torch.tensor(query, device=device), torch.arange(query + 1, device=device)
+        )
         return int(seen.int().argmax())
 
     window = chunk = None
@@ -233,7 +264,12 @@ def _reach(rule: Any, far: int, device: torch.device, layer: int) -> tuple[int |
         chunk = first - first_seen(first - 1)
     elif first > 0:
         window = far - first + 1
-    edges = {edge * unit + step for unit in (1, window or 1, chunk or 1) for edge in range(4) for step in range(-2, 3)}
+    edges = {
+        edge * unit + step
+        for unit in (1, window or 1, chunk or 1)
+        for edge in range(4)
+        for step in range(-2, 3)
+    }
     edges |= set(range(0, far, max(1, far // 200))) | {far - 1, far}
     places = torch.tensor(sorted(place for place in edges if 0 <= place <= far), device=device)
     queries, keys = places[:, None], places[None]
@@ -243,14 +279,18 @@ def _reach(rule: Any, far: int, device: torch.device, layer: int) -> tuple[int |
     if chunk is not None:
         expected = expected & (keys // chunk == queries // chunk)
     if not torch.equal(rule(0, 0, queries, keys).expand_as(expected), expected):
-        raise Unfit(f"the mask of layer {layer} is neither causal, nor a sliding window, nor chunks")
+        raise Unfit(
+            f"the mask of layer {layer} is neither causal, nor a sliding window, nor chunks"
+        )
     return window, chunk
 
 
-# --- arguments of layers ----------------------------------------------------------------------------------------------
+# --- arguments of layers --------------------------------------------------------------------------
 
 
-def _plans(short: Entry, long: Entry, tables: dict[tuple[int, int, int], Table]) -> dict[int | str, Plan]:
+def _plans(
+    short: Entry, long: Entry, tables: dict[tuple[int, int, int], Table]
+) -> dict[int | str, Plan]:
     """Which arguments of a layer hold a row per token, hidden states aside."""
     hidden = short.args[0] if short.args else short.kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[0] != 1:
@@ -258,18 +298,30 @@ def _plans(short: Entry, long: Entry, tables: dict[tuple[int, int, int], Table])
     both: dict[int | str, tuple[Any, Any]] = {
         place: (short.args[place], long.args[place]) for place in range(1, len(short.args))
     }
-    both |= {name: (value, long.kwargs[name]) for name, value in short.kwargs.items() if name != "hidden_states"}
+    both |= {
+        name: (value, long.kwargs[name])
+        for name, value in short.kwargs.items()
+        if name != "hidden_states"
+    }
     plans = {name: _plan(name, *values, tables) for name, values in both.items()}
     return {name: plan for name, plan in plans.items() if plan is not None}
 
 
-def _plan(name: int | str, short: Any, long: Any, tables: dict[tuple[int, int, int], Table]) -> Plan:
+def _plan(
+    name: int | str, short: Any, long: Any, tables: dict[tuple[int, int, int], Table]
+) -> Plan:
     if isinstance(short, tuple | list):
-        parts = tuple(_plan(name, one, other, tables) for one, other in zip(short, long, strict=True))
+        parts = tuple(
+            _plan(name, one, other, tables) for one, other in zip(short, long, strict=True)
+        )
         return parts if any(part is not None for part in parts) else None
     if not isinstance(short, Tensor) or short.shape == long.shape:
         return None
-    dims = [dim for dim, sizes in enumerate(zip(short.shape, long.shape, strict=True)) if sizes[0] != sizes[1]]
+    dims = [
+        dim
+        for dim, sizes in enumerate(zip(short.shape, long.shape, strict=True))
+        if sizes[0] != sizes[1]
+    ]
     if len(dims) > 1:
         raise Unfit(f"argument {name} of its layers belongs to pairs of tokens")
     return tables.setdefault((id(short), id(long), dims[0]), Table(len(tables), dims[0]))

@@ -1,4 +1,5 @@
-"""An engine for a model: the one place where a front learns what the model can do and gets what runs it."""
+"""An engine for a model: the one place where a front learns what the model can do and gets what
+runs it."""
 
 from __future__ import annotations
 
@@ -9,16 +10,16 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lazyahead.config import LazyPrefill, Lookahead
-from lazyahead.draft.asked import spelling
 from lazyahead.draft.budget import RowCost
-from lazyahead.draft.build import drafter_for
-from lazyahead.engine import Engine
+from lazyahead.draft.factory import drafter_for
+from lazyahead.draft.question_order import spelling
+from lazyahead.engine.engine import Engine
+from lazyahead.engine.row_cost import row_cost_of
 from lazyahead.errors import UnsupportedModelError
 from lazyahead.hf.fingerprint import owner_of
-from lazyahead.hf.forward import Runner
-from lazyahead.hf.plain import PlainRunner
+from lazyahead.hf.plain_runner import PlainRunner
 from lazyahead.hf.probe import examine
-from lazyahead.row_cost import row_cost_of
+from lazyahead.hf.runner import Runner
 
 
 def engine_for(
@@ -26,23 +27,33 @@ def engine_for(
     tokenizer: Any,
     prefill: LazyPrefill | None,
     decode: Lookahead | None,
-    max_stall_rows: int = 512,
+    prefill_chunk_size: int = 512,
 ) -> Engine:
-    """Raises UnsupportedModelError, naming the family and the reason, when the model cannot do what is asked."""
-    support, anatomy = examine(model)
+    """Raises UnsupportedModelError, naming the family and the reason, when the model cannot do what
+    is asked."""
+    support, spec = examine(model)
     name = f"{model.config.name_or_path or type(model).__name__} ({support.model_type})"
     if support.level == "none":
         raise UnsupportedModelError(f"{name}: {support.reason}")
-    if anatomy is None:
+    if spec is None:
         if prefill is not None or decode is not None:
-            remedy = "pass prefill=None and decode=None (--prefill off --decode off) to run it plainly"
+            remedy = (
+                "pass prefill=None and decode=None (--prefill off --decode off) to run it plainly"
+            )
             raise UnsupportedModelError(f"{name} can only decode: {support.reason}; {remedy}")
         return Engine(PlainRunner(model), None, None)
-    runner = Runner(model, anatomy)
+    runner = Runner(model, spec)
     drafter = drafter_for(decode, partial(owner_of, model, tokenizer), spelling(tokenizer))
     calls = count()  # from the second on the curve is measured anew
 
     def row_cost() -> RowCost:
         return row_cost_of(model, runner, again=next(calls) > 0)
 
-    return Engine(runner, prefill, decode, drafter=drafter, row_cost=row_cost, max_stall_rows=max_stall_rows)
+    return Engine(
+        runner,
+        prefill,
+        decode,
+        drafter=drafter,
+        row_cost=row_cost,
+        prefill_chunk_size=prefill_chunk_size,
+    )

@@ -1,0 +1,1 @@
+"""What a session keeps: keys and values, hidden states of deferred tokens."""

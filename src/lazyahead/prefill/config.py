@@ -1,0 +1,216 @@
+"""The prefill strategy: the whole of its settings, frozen, validated, printable."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lazyahead.checks import check_count, is_number
+from lazyahead.errors import ConfigError
+from lazyahead.prefill.schedule import Schedule
+from lazyahead.prefill.score import (
+    LastToken,
+    Random,
+    Scorer,
+    Window,
+    scorer_from_dict,
+    scorer_to_dict,
+)
+
+Revival = Literal["demand", "percentile", "never"]
+_RENAMED = {"near": "local_window", "doubt_below": "recall_below_prob"}
+"""Fields of version 0.1 and their names now."""
+
+
+@dataclass(frozen=True)
+class LazyPrefill:
+    """How a prompt is read (LazyLLM, arXiv 2407.14057). `None` in its place reads everything.
+
+    Raises ConfigError for a setting that cannot mean anything, naming the value.
+    """
+
+    schedule: Schedule = ((0.17, 0.2), (0.42, 0.1))
+    """(depth, keep ratio) pairs: after this fraction of the layers, this fraction of the prompt
+    goes on."""
+    scorer: Scorer = field(
+        default_factory=lambda: Window(
+            window_size=24, kernel_size=31, score_to_depth=0.6, score_from_depth=0.34
+        )
+    )
+    """Which tokens matter. The paper's is `LastToken()`."""
+    revive: Revival = "demand"
+    """`demand`: a token whose attention passes the threshold comes back. `percentile`: the paper's
+    rule, the best `keep_ratio` of the prompt are selected anew at every step. `never`: what was
+    deferred stays out."""
+    revive_threshold: float = 0.9
+    """Demand: attention of one head that a running token must pay to a deferred one to bring it
+    back."""
+    revive_limit: int = 8
+    """Demand: most tokens that one row may bring back in passing a boundary, best first, each with
+    what waits around it (`reach` of the scorer); four times as many where the pass is repeated
+    for it."""
+    recall_below_prob: float = 0.999
+    """Demand, with a scorer that runs ahead: what a running token looks at further up than it waits
+    is called back only where the likeliest next token is less probable than this."""
+    local_window: int = 512
+    """Before the first cut, and before the depth from which the scorer looks far
+    (`score_from_depth`), a token attends to so many before it and to the first few; only the
+    last ones of the prompt attend to all. 0: every token does."""
+    protect_first: int = 4
+    """Prompt tokens at the start that always go on."""
+    protect_last: int = 32
+    """Prompt tokens at the end that always go on (the last one always does)."""
+    protect_question: bool = True
+    """Whether the question always goes on, where the caller says where it is."""
+    min_tokens: int = 256
+    """Shorter prompts gain nothing and are read whole."""
+
+    def __post_init__(self) -> None:
+        _check_schedule(self.schedule, needs_attention=self.scorer.window_size > 0)
+        if self.revive not in get_args(Revival):
+            raise ConfigError(
+                f"revive must be one of {', '.join(get_args(Revival))}, got {self.revive!r}"
+            )
+        if self.revive != "never" and self.scorer.window_size == 0:
+            raise ConfigError(
+                f"revive {self.revive!r} needs attention and {self.scorer} sees none; use 'never'"
+            )
+        for name in ("revive_threshold", "recall_below_prob"):
+            value = getattr(self, name)
+            if not (is_number(value) and 0 <= value <= 1):
+                kind = "a probability" if name == "recall_below_prob" else "an attention weight"
+                raise ConfigError(f"{name} is {kind} in 0..1, got {value!r}")
+        for name in ("local_window", "revive_limit", "protect_first", "protect_last", "min_tokens"):
+            check_count(name, getattr(self, name))
+
+    @classmethod
+    def paper(cls) -> LazyPrefill:
+        """The paper to the letter: last token, one layer, no protection, percentile selection at
+        every step.
+
+        Figure 4's sketch: 30 % dropped after 30, 60 and 90 % of the layers.
+        """
+        schedule = ((0.3, 0.7), (0.6, 0.49), (0.9, 0.343))
+        return cls(
+            schedule,
+            LastToken(),
+            local_window=0,
+            revive="percentile",
+            revive_threshold=0.0,
+            revive_limit=0,
+            protect_first=0,
+            protect_last=0,
+            protect_question=False,
+            min_tokens=0,
+        )
+
+    @classmethod
+    def random_drop(cls, keep_ratio: float = 0.5, seed: int = 0) -> LazyPrefill:
+        """The paper's baseline: tokens dropped at random before the first layer, for good."""
+        return cls(((0.0, keep_ratio),), Random(seed), local_window=0, revive="never")
+
+    @classmethod
+    def static_prune(cls, keep_ratio: float = 0.5, depth: float = 0.25) -> LazyPrefill:
+        """The paper's baseline: pruned once, by the attention of the first layers, for good."""
+        return cls(((depth, keep_ratio),), LastToken(), local_window=0, revive="never")
+
+    @classmethod
+    def preset(cls, name: str) -> LazyPrefill:
+        """A named trade-off, see `PRESETS`. Raises ConfigError for an unknown name."""
+        if name not in PRESETS:
+            raise ConfigError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+    @classmethod
+    def load(cls, path: str | Path) -> LazyPrefill:
+        """Reads a profile that `save` wrote. Raises ConfigError for anything else."""
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"no profile at {path}; presets are {', '.join(PRESETS)}") from None
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"{path} is not a profile: {error}") from None
+        return cls.from_dict(values.get("prefill", values))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LazyPrefill:
+        """The inverse of `to_dict`. Raises ConfigError naming a field that does not exist."""
+        values = dict(values)
+        renamed = sorted(values.keys() & _RENAMED.keys())
+        if renamed:
+            raise ConfigError(
+                f"this profile was written by version 0.1 (it has {renamed[0]!r}, now "
+                f"{_RENAMED[renamed[0]]!r}); write it anew with `lazyahead tune` or LazyPrefill.save"
+            )
+        scorer = scorer_from_dict(values.pop("scorer", {"name": "window"}))
+        unknown = sorted(values.keys() - cls.__dataclass_fields__.keys())
+        if unknown:
+            known = ", ".join(cls.__dataclass_fields__)
+            raise ConfigError(
+                f"not a LazyPrefill profile: there is no {unknown[0]!r}; there are {known}"
+            )
+        try:
+            schedule = tuple(
+                (float(depth), float(ratio)) for depth, ratio in values.pop("schedule")
+            )
+            return cls(schedule=schedule, scorer=scorer, **values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"not a LazyPrefill profile: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as benchmarks record them."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        schedule = [list(pair) for pair in self.schedule]
+        return {**values, "schedule": schedule, "scorer": scorer_to_dict(self.scorer)}
+
+    def save(self, path: str | Path) -> None:
+        """Writes a profile (TOML) that `load` and `--prefill` take."""
+        lines = ["[prefill]"]
+        for name, value in self.to_dict().items():
+            text = (
+                "{ " + ", ".join(f"{k} = {json.dumps(v)}" for k, v in value.items()) + " }"
+                if isinstance(value, dict)
+                else json.dumps(value)
+            )
+            lines.append(f"{name} = {text}")
+        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _check_schedule(schedule: Schedule, needs_attention: bool) -> None:
+    if not schedule:
+        raise ConfigError("schedule is empty; pass prefill=None to read the whole prompt")
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in schedule):
+        raise ConfigError(f"schedule must hold (depth, keep ratio) pairs, got {schedule!r}")
+    last_depth, last_ratio = -1.0, 1.0
+    for depth, ratio in schedule:
+        if not (is_number(depth) and 0 <= depth < 1):
+            raise ConfigError(f"depth must be in 0..1 (a fraction of the layers), got {depth}")
+        if depth == 0 and needs_attention:
+            raise ConfigError(
+                "depth 0 lies before the first attention, so nothing can be scored there; use 0.05 or more"
+            )
+        if not (is_number(ratio) and 0 < ratio <= 1):
+            raise ConfigError(f"keep ratio must be above 0 and at most 1, got {ratio}")
+        if depth <= last_depth:
+            raise ConfigError(f"depths must rise, got {depth} after {last_depth}")
+        if ratio > last_ratio:
+            raise ConfigError(
+                f"keep ratios must not grow with depth, got {ratio} after {last_ratio}"
+            )
+        last_depth, last_ratio = depth, ratio
+
+
+PRESETS: dict[str, LazyPrefill] = {
+    "balanced": LazyPrefill(),
+    "fast": LazyPrefill(
+        ((0.17, 0.1), (0.42, 0.04)),
+        Window(window_size=24, kernel_size=31, score_to_depth=0.5, score_from_depth=0.34),
+    ),
+    "paper": LazyPrefill.paper(),
+    "static_prune": LazyPrefill.static_prune(),
+    "random_drop": LazyPrefill.random_drop(),
+}
+"""Named trade-offs. The last two are the paper's baselines, for benchmarks."""
