@@ -62,7 +62,7 @@ PREFILLS: dict[str, LazyPrefill | None] = {
     "lazy": LAZY,
     "calm": CALM,
     "fast": FAST,
-    "score_to_depth": replace(LAZY, scorer=Window(4, 3, score_to_depth=0.9), revive_threshold=0.2),
+    "ahead": replace(LAZY, scorer=Window(4, 3, score_to_depth=0.9), revive_threshold=0.2),
     "paper": LazyPrefill.paper(),
     "static_prune": LazyPrefill(((0.25, 0.5),), LastToken(), revive="never", min_tokens=0),
     "random_drop": replace(LazyPrefill.random_drop(), min_tokens=0),

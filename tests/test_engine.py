@@ -96,14 +96,17 @@ def test_more_requests_than_may_run_wait_for_their_turn():
 
 
 class Watch(Runner):
-    """Counts the rows that reading requests have at each layer."""
+    """Counts the rows that prompts have at each layer."""
 
-    def run(self, segments):
-        reading = [segment for segment in segments if segment.reading is not None]
+    def run(self, segments, on_layer=None):
+        prompts = [part for part in segments if len(part.logits_indices) < len(part.token_ids)]
         rows = []
-        self.on_layer = lambda layer: rows.append(sum(segment.num_rows for segment in reading))
-        logits = super().run(segments)
-        self.seen.append(max(rows, default=0) if reading else 0)
+
+        def count(layer):
+            rows.append(sum(segment.num_rows for segment in prompts))
+
+        logits = super().run(segments, count)
+        self.seen.append(max(rows, default=0) if prompts else 0)
         return logits
 
 
@@ -153,9 +156,8 @@ def test_a_pass_that_breaks_off_is_as_if_it_had_never_begun(kind, name, layer):
         for request in requests:
             engine.submit(request)
         while not engine.is_idle:
-            engine.runner.on_layer = break_
             try:
-                engine.step()
+                engine.step(break_)
             except kind:
                 for request in requests:
                     check_invariants(request.session)

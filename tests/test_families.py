@@ -179,7 +179,7 @@ def test_layers_of_models_with_eyes_are_those_that_read(name: str) -> None:
     assert all("vision" not in names[layer] for layer in spec.layers)
     assert spec.num_layers == (
         3 if name == "mllama" else 4
-    )  # one of mllama's layers only looks at pictures
+    )  # one of mllama's layers only traces at pictures
 
 
 # --- equality -------------------------------------------------------------------------------------

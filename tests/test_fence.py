@@ -17,7 +17,7 @@ from lazyahead import LLM, LazyPrefill, accelerate, probe
 from lazyahead.errors import LazyAheadError
 from lazyahead.hf.probe import examine
 from lazyahead.hf.runner import Runner
-from lazyahead.hf.trace import all_configs, look, switched
+from lazyahead.hf.trace import all_configs, switched, trace
 
 PUBLIC = {
     *(
@@ -138,7 +138,7 @@ def test_a_look_that_fails_leaves_no_trace() -> None:
     before = state(model)
     handle = breaking(model.model.layers[2])
     with pytest.raises(BrokenError):
-        look(model, 5)
+        trace(model, 5)
     handle.remove()
     assert state(model) == before
 
@@ -160,14 +160,18 @@ def _break_inside(model: PreTrainedModel) -> None:
         raise BrokenError
 
 
-def test_an_abandoned_stream_leaves_the_model_free() -> None:
+def test_a_paused_stream_leaves_plain_calls_alone_and_an_abandoned_one_leaves_no_trace() -> None:
     model = build("llama")
     before = state(model)
+    with torch.no_grad():
+        alone = model(prompt(20)).logits
     stream: Iterator[Any] = LLM(model, prefill=LazyPrefill(min_tokens=0)).stream(
         prompt(40)[0].tolist()
     )
     next(stream)
-    assert state(model) == before  # attached only while a step runs
+    with torch.no_grad():
+        assert torch.equal(model(prompt(20)).logits, alone)
+    assert state(model)[1] == before[1]  # attention is the model's own between two steps
     del stream
     assert state(model) == before
 

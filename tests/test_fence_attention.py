@@ -10,29 +10,36 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lazyahead.cache.kv import LayerKV
-from lazyahead.hf.attention import Heads, LocalWindow, More, Rows, attend, attention_of
+from lazyahead.hf.attention import (
+    AttentionParams,
+    ExtraKeys,
+    LocalWindow,
+    QueryRows,
+    attend,
+    attention_weights,
+)
 
 SIZE = 8
 
 
-def sees(query: int, key: int, heads: Heads) -> bool:
+def sees(query: int, key: int, heads: AttentionParams) -> bool:
     """Whether a row at position `query` sees a key at position `key`, drafts aside."""
     if key > query or (heads.window is not None and key <= query - heads.window):
         return False
     return heads.chunk is None or key // heads.chunk == query // heads.chunk
 
 
-def visible(rows: Rows, key_positions: Tensor, heads: Heads) -> Tensor:
+def visible(rows: QueryRows, key_positions: Tensor, heads: AttentionParams) -> Tensor:
     """(T, N), from the definition: causal by position; rows that look near see that; among drafts,
     ancestors only."""
     queries, keys = rows.positions.tolist(), key_positions.tolist()
     mask = torch.tensor([[sees(query, key, heads) for key in keys] for query in queries])
-    if rows.near is not None:
+    if rows.local is not None:
         distance = rows.positions[:, None] - key_positions
         mask &= (
-            (distance < rows.near.num_tokens)
+            (distance < rows.local.num_tokens)
             | (key_positions < 4)
-            | (rows.positions[:, None] >= rows.near.until)
+            | (rows.positions[:, None] >= rows.local.until)
         )
     if rows.ancestors is not None:
         num = rows.ancestors.shape[0]
@@ -40,7 +47,9 @@ def visible(rows: Rows, key_positions: Tensor, heads: Heads) -> Tensor:
     return mask
 
 
-def reference(query: Tensor, kv: LayerKV, rows: Rows, heads: Heads) -> tuple[Tensor, Tensor]:
+def reference(
+    query: Tensor, kv: LayerKV, rows: QueryRows, heads: AttentionParams
+) -> tuple[Tensor, Tensor]:
     """Output (1, H, T, D_v) and attention (H, T, N)."""
     groups = query.shape[1] // kv.keys.shape[1]
     keys, values = (part.double().repeat_interleave(groups, dim=1) for part in (kv.keys, kv.values))
@@ -76,7 +85,7 @@ def filled(key_positions: list[int], num_kv: int) -> LayerKV:
 
 
 @st.composite
-def cases(draw: Any) -> tuple[Tensor, LayerKV, Rows, Heads]:
+def cases(draw: Any) -> tuple[Tensor, LayerKV, QueryRows, AttentionParams]:
     """Rows in any gaps between the keys that are there, a tree of drafts behind them, any kind of
     head."""
     torch.manual_seed(draw(st.integers(0, 1 << 20)))
@@ -98,7 +107,7 @@ def cases(draw: Any) -> tuple[Tensor, LayerKV, Rows, Heads]:
     )
     ancestors = ancestors_of(parents) if len(positions) > len(in_flight) else None
     num_kv, groups = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2, 3]))
-    heads = Heads(
+    heads = AttentionParams(
         scaling=draw(st.sampled_from([0.2, 1.0])),
         window=draw(st.sampled_from([None, 1, 5, 200])),
         chunk=draw(st.sampled_from([None, 1, 7, 200])),
@@ -109,25 +118,27 @@ def cases(draw: Any) -> tuple[Tensor, LayerKV, Rows, Heads]:
     return (
         torch.randn(1, num_kv * groups, len(positions), SIZE),
         kv,
-        Rows(torch.tensor(positions), max(positions), ancestors),
+        QueryRows(torch.tensor(positions), max(positions), ancestors),
         heads,
     )
 
 
 @given(cases())
-def test_attention_is_what_the_definition_says(case: tuple[Tensor, LayerKV, Rows, Heads]) -> None:
+def test_attention_is_what_the_definition_says(
+    case: tuple[Tensor, LayerKV, QueryRows, AttentionParams],
+) -> None:
     query, kv, rows, heads = case
     torch.testing.assert_close(attend(query, kv, rows, heads), reference(query, kv, rows, heads)[0])
 
 
 @given(cases(), st.integers(1, 8))
 def test_scores_are_the_attention_of_the_last_rows(
-    case: tuple[Tensor, LayerKV, Rows, Heads], num: int
+    case: tuple[Tensor, LayerKV, QueryRows, AttentionParams], num: int
 ) -> None:
     query, kv, rows, heads = case
     num = min(num, query.shape[2])
     assume(num > 1 or int(kv.positions.max()) == rows.last)
-    ours = attention_of(query[:, :, -num:], kv, rows, heads)
+    ours = attention_weights(query[:, :, -num:], kv, rows, heads)
     torch.testing.assert_close(ours, reference(query, kv, rows, heads)[1][:, -num:])
 
 
@@ -136,21 +147,25 @@ def test_scores_are_the_attention_of_the_last_rows(
 @pytest.mark.parametrize(
     "heads",
     [
-        Heads(0.3),
-        Heads(0.3, window=40),
-        Heads(0.3, chunk=64),
-        Heads(0.3, softcap=2.0),
-        Heads(0.3, sinks=torch.ones(4)),
+        AttentionParams(0.3),
+        AttentionParams(0.3, window=40),
+        AttentionParams(0.3, chunk=64),
+        AttentionParams(0.3, softcap=2.0),
+        AttentionParams(0.3, sinks=torch.ones(4)),
     ],
     ids=["plain", "window", "chunk", "softcap", "sinks"],
 )
-def test_many_rows_go_in_blocks_unseen(num_cached: int, parents: list[int], heads: Heads) -> None:
+def test_many_rows_go_in_blocks_unseen(
+    num_cached: int, parents: list[int], heads: AttentionParams
+) -> None:
     torch.manual_seed(0)
     chain = list(range(num_cached, num_cached + 600))
     depths = [1, 2, 1, 2][: len(parents)]
     positions = [*chain, *(chain[-1] + depth for depth in depths)]
     kv = filled([*range(num_cached), *positions], 2)
-    rows = Rows(torch.tensor(positions), max(positions), ancestors_of(parents) if parents else None)
+    rows = QueryRows(
+        torch.tensor(positions), max(positions), ancestors_of(parents) if parents else None
+    )
     query = torch.randn(1, 4, len(positions), SIZE)
     torch.testing.assert_close(attend(query, kv, rows, heads), reference(query, kv, rows, heads)[0])
 
@@ -167,14 +182,19 @@ def test_many_rows_go_in_blocks_unseen(num_cached: int, parents: list[int], head
     ],
 )
 @pytest.mark.parametrize(
-    "heads", [Heads(0.3), Heads(0.3, softcap=2.0), Heads(0.3, sinks=torch.ones(4))]
+    "heads",
+    [
+        AttentionParams(0.3),
+        AttentionParams(0.3, softcap=2.0),
+        AttentionParams(0.3, sinks=torch.ones(4)),
+    ],
 )
 def test_rows_that_look_near_see_what_is_near_and_the_first_few_and_the_last_rows_see_all(
-    start: int, near: LocalWindow, heads: Heads
+    start: int, near: LocalWindow, heads: AttentionParams
 ) -> None:
     torch.manual_seed(0)
     kv, places = filled(list(range(1200)), 2), torch.arange(start, 1200)
-    rows, query = Rows(places, 1199, near=near), torch.randn(1, 4, len(places), SIZE)
+    rows, query = QueryRows(places, 1199, local=near), torch.randn(1, 4, len(places), SIZE)
     torch.testing.assert_close(attend(query, kv, rows, heads), reference(query, kv, rows, heads)[0])
 
 
@@ -185,10 +205,12 @@ def test_keys_that_are_not_there_take_nothing_from_those_that_are() -> None:
         torch.randn(1, 2, 3, SIZE),
         torch.randn(1, 4, 1, SIZE),
     )
-    rows, heads = Rows(torch.tensor([9]), 9), Heads(0.3)
-    some = attention_of(query, kv, rows, heads, More(more, torch.tensor([True, False, True])))
-    without = attention_of(
-        query, kv, rows, heads, More(more[:, :, ::2], torch.tensor([True, True]))
+    rows, heads = QueryRows(torch.tensor([9]), 9), AttentionParams(0.3)
+    some = attention_weights(
+        query, kv, rows, heads, ExtraKeys(more, torch.tensor([True, False, True]))
+    )
+    without = attention_weights(
+        query, kv, rows, heads, ExtraKeys(more[:, :, ::2], torch.tensor([True, True]))
     )
     torch.testing.assert_close(some[:, :, [0, 1, 2, 3, 4, 6]], without)
     assert not some[:, :, 5].any()

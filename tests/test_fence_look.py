@@ -72,8 +72,8 @@ def test_tables_that_layers_share_are_kept_once() -> None:
     _, gemma = examine(MORE_FAMILIES["gemma4"]())
     assert llama is not None
     assert gemma is not None
-    assert llama.num_tables == 3  # cos, sin, position ids
-    assert gemma.num_tables >= gemma.num_layers  # each layer has its own input per token
+    assert llama.num_token_args == 3  # cos, sin, position ids
+    assert gemma.num_token_args >= gemma.num_layers  # each layer has its own input per token
 
 
 def test_layers_of_different_width_have_a_mean_shape() -> None:

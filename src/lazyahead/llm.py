@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -65,7 +64,6 @@ class LLM:
         self.engine = engine_for(self.model, self.tokenizer, prefill, decode, prefill_chunk_size)
         self.max_context = max_context(self.model)
         self.eos_ids = eos_ids(self.model, self.tokenizer)
-        self._lock = threading.RLock()
 
     def encode(self, prompt: str, question: str | None = None) -> Prompt:
         """Text to tokens through the chat template. Raises RequestError when there is no text."""
@@ -165,8 +163,7 @@ class LLM:
         answers = [
             _Answer(self, self._encode(prompt, question), sampling, None) for prompt in prompts
         ]
-        with self._lock:
-            self.engine.answer([answer.request for answer in answers])
+        self.engine.answer([answer.request for answer in answers])
         return [Completion.fold(list(answer.pieces)) for answer in answers]
 
     def _encode(self, prompt: Text, question: str | None) -> Prompt:
@@ -191,25 +188,22 @@ class LLM:
         session: Session | None,
         on_progress: Callable[[float], None] | None,
     ) -> Iterator[Piece]:
-        with self._lock:
+        with self.engine.lock:
             answer = _Answer(self, prompt, sampling, session)
             self.engine.submit(answer.request)
+        on_layer = None
+        if on_progress is not None:
+            on_layer = answer.progress(on_progress, self.support.num_layers)
         try:
-            while not answer.is_over:
-                with self._lock, self.engine:
-                    if on_progress is not None:
-                        self.engine.runner.on_layer = answer.progress(
-                            on_progress, self.support.num_layers
-                        )
-                    try:
+            with self.engine:
+                while not answer.is_over:
+                    with self.engine.lock:
                         if not answer.pieces:
-                            self.engine.step()
-                    finally:
-                        self.engine.runner.on_layer = None
-                while answer.pieces:
-                    yield answer.pieces.popleft()
+                            self.engine.step(on_layer)
+                    while answer.pieces:
+                        yield answer.pieces.popleft()
         finally:
-            with self._lock:
+            with self.engine.lock:
                 self.engine.cancel(answer.request)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from lazyahead.draft.budget import RowCost, Step
 from lazyahead.draft.drafter import DraftRequest
 from lazyahead.draft.tree import Draft, Source
+from lazyahead.hf.segment import Segment
 from lazyahead.llm import LLM
-from lazyahead.prefill.policy import Segment
 
 
 @dataclass
@@ -70,7 +70,8 @@ def metered(llm: LLM, remember: bool = True) -> Iterator[Meter]:
     remembered."""
     meter, engine = Meter(), llm.engine
     runner, drafter = engine.runner, engine.drafter
-    engine.runner, engine.drafter = _Runner(runner, meter), _Drafter(drafter, meter, remember)
+    engine.runner = _Runner(runner, meter)  # type: ignore[assignment]
+    engine.drafter = _Drafter(drafter, meter, remember)
     try:
         yield meter
     finally:
@@ -86,10 +87,10 @@ class _Runner:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def run(self, segments: Sequence[Segment]) -> Tensor:
+    def run(self, segments: Sequence[Segment], on_layer: Any = None) -> Tensor:
         begin = time.perf_counter()
-        logits: Tensor = self._inner.run(segments)
-        if all(segment.reading is None for segment in segments):
+        logits: Tensor = self._inner.run(segments, on_layer)
+        if all(len(part.logits_indices) == len(part.token_ids) for part in segments):
             if logits.is_cuda:
                 torch.cuda.synchronize(logits.device)
             rows = sum(len(segment.token_ids) for segment in segments)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,9 +48,8 @@ class Subject:
         """The model behind our engine, without drafting."""
         given = {"model": self.model, "dtype": self.dtype, "device": self.device}
         if self.shape is None:
-            return LLM(
-                **{k: v for k, v in given.items() if v is not None}, prefill=prefill, decode=None
-            )  # type: ignore[arg-type]
+            named: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+            return LLM(**named, prefill=prefill, decode=None)
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, self.dtype or "bfloat16")
         return LLM(

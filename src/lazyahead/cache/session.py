@@ -25,8 +25,8 @@ class Session:
         self.kv = [LayerKV() for _ in range(num_layers)]
         self.boundaries = {boundary.layer: boundary for boundary in boundaries}
         self.stashes = {layer: Stash() for layer in self.boundaries}
-        self.tables: list[GrowableTensor] = []
-        """The model's position tables by position, for rows that may come back."""
+        self.token_args: list[GrowableTensor] = []
+        """The model's per-token layer arguments by position, for rows that may be revived."""
         self.prompt_len = 0
         """Tokens that are prompt, the latest turn's included; what follows is the running answer.
         """
@@ -51,22 +51,12 @@ class Session:
         return sum(len(stash) for stash in self.stashes.values())
 
     @property
-    def approx_keys(self) -> dict[int, list[int]]:
-        """By layer, the boundaries whose waiting tokens are known by the keys they would have
-        there."""
-        found: dict[int, list[int]] = {}
-        for boundary, stash in self.stashes.items():
-            for layer in stash.keys if len(stash) else ():
-                found.setdefault(layer, []).append(boundary)
-        return found
-
-    @property
     def nbytes(self) -> int:
         """Bytes held."""
         held: list[LayerKV | Stash | GrowableTensor] = [
             *self.kv,
             *self.stashes.values(),
-            *self.tables,
+            *self.token_args,
         ]
         return sum(part.nbytes for part in held)
 

@@ -40,7 +40,7 @@ def save_session(
         if len(stash):
             for name in ("hidden", "positions", "slots"):
                 tensors[f"stash.{layer}.{name}"] = getattr(stash, name)[stash.live].contiguous()
-    for index, table in enumerate(session.tables):
+    for index, table in enumerate(session.token_args):
         tensors[f"table.{index}"] = (
             torch.view_as_real(table.rows) if table.rows.is_complex() else table.rows.clone()
         )
@@ -52,7 +52,7 @@ def save_session(
         "prompt_len": str(session.prompt_len),
         "prefill_lens": json.dumps(session.prefill_lens),
         "complex_tables": json.dumps(
-            [i for i, table in enumerate(session.tables) if table.rows.is_complex()]
+            [i for i, table in enumerate(session.token_args) if table.rows.is_complex()]
         ),
     }
     path = Path(path)
@@ -109,7 +109,7 @@ def _fill(session: Session, header: dict[str, str], tensors: dict[str, Tensor]) 
         rows = tensors[f"table.{index}"]
         table = GrowableTensor()
         table.append(torch.view_as_complex(rows) if index in is_complex else rows)
-        session.tables.append(table)
+        session.token_args.append(table)
     num_waiting = 0
     for layer, kv in enumerate(session.kv):
         num_waiting += len(session.stashes[layer]) if layer in session.stashes else 0

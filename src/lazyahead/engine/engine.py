@@ -1,44 +1,54 @@
-"""The loop: admit -> draft -> forward -> verify -> commit. Rows of all running requests travel in
-one pass."""
+"""The loop: schedule -> run -> verify -> commit. Rows of all running requests share a pass."""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from lazyahead.cache.session import Session
-from lazyahead.config import LazyPrefill, Lookahead
-from lazyahead.draft.budget import RowCost, Step, choose
+from lazyahead.draft.budget import RowCost
+from lazyahead.draft.config import Lookahead
 from lazyahead.draft.drafter import Drafter, NoDrafter
 from lazyahead.draft.tree import Draft
-from lazyahead.draft.verify import walk
+from lazyahead.draft.verify import Walk, walk
 from lazyahead.draft.watch import WatchedCost
-from lazyahead.engine.model_runner import Runner
 from lazyahead.engine.request import Request
+from lazyahead.engine.scheduler import Scheduled, Scheduler
 from lazyahead.errors import ConfigError
-from lazyahead.prefill.policy import Segment
-from lazyahead.prefill.progress import chunk_len
+from lazyahead.hf.plain_runner import PlainRunner
+from lazyahead.hf.runner import Runner
+from lazyahead.prefill.config import LazyPrefill
 from lazyahead.prefill.schedule import boundaries
+
+OnLayer = Callable[[int], None]
+
+
+class Verified(NamedTuple):
+    """What one request's answer goes on with."""
+
+    scheduled: Scheduled
+    walk: Walk | None
+    """None: no answer token in this pass."""
+    is_void: bool = False
+    """The pass is repeated, since the root needs tokens that were stashed."""
 
 
 class Engine:
-    """Runs requests on one model, many at once. `submit`, then `step` until `is_idle`, inside `with
-    engine:`.
+    """Runs requests on one model, many at once. `submit`, then `step` until `is_idle`, inside
+    `with engine:`.
 
-    Beside running answers a prompt is read in parts of `prefill_chunk_size` rows, which bounds how
-    long a pass can stall them; alone it is read in one pass. `row_cost` tells how many drafts pay;
-    without it every draft is verified.
+    `row_cost` tells how many drafts pay; without it every draft is verified. Raises ConfigError
+    for a chunk size or a number of requests below 1.
     """
 
     def __init__(
         self,
-        runner: Runner,
+        runner: Runner | PlainRunner,
         prefill: LazyPrefill | None,
         decode: Lookahead | None,
         *,
@@ -49,18 +59,28 @@ class Engine:
     ) -> None:
         if prefill_chunk_size < 1 or max_running < 1:
             raise ConfigError(
-                f"prefill_chunk_size {prefill_chunk_size} and max_running {max_running} must be at least 1"
+                f"prefill_chunk_size {prefill_chunk_size} and max_running {max_running} "
+                "must be at least 1"
             )
-        self.runner, self.prefill, self.decode = runner, prefill, decode
+        self.runner = runner
+        self.prefill = prefill
+        self.decode = decode
         self.drafter = drafter or NoDrafter()
-        self.prefill_chunk_size, self.max_running = prefill_chunk_size, max_running
         self._row_cost = WatchedCost(row_cost) if row_cost is not None else None
-        self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []
+        self._scheduler = Scheduler(
+            runner,
+            prefill,
+            decode,
+            self._row_cost,
+            prefill_chunk_size=prefill_chunk_size,
+            max_running=max_running,
+        )
         self._attached: list[AbstractContextManager[Any]] = []
+        self.lock = threading.RLock()
+        """Held during every step, and during a whole call of `answer`."""
 
     def new_session(self) -> Session:
-        """An empty session for this engine's model and way of reading."""
+        """An empty session for this engine's model and prefill strategy."""
         if self.prefill is None:
             return Session(self.runner.num_layers)
         needs_attention = self.prefill.scorer.window_size > 0
@@ -78,29 +98,31 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        return not self._waiting and not self._running
+        return self._scheduler.is_idle
 
     def submit(self, request: Request) -> None:
         """Queues a request; it joins between two steps."""
-        request.session.in_use = True
-        self._waiting.append(request)
+        with self.lock:
+            request.session.in_use = True
+            self._scheduler.add(request)
 
     def cancel(self, request: Request) -> None:
-        """Takes a request out between two steps; what it has written stays, a prompt half read is
-        forgotten."""
-        if request.finish_reason is not None:
-            return
-        if request.is_prefilling and request in self._running:
-            session = request.session
-            pending = session.pending
-            session.crop(request.reading.start)
-            session.pending = pending
-        self._finish(request, "cancelled")
+        """Takes a request out between two steps. Its answer so far stays in the session; a prompt
+        computed in part is dropped."""
+        with self.lock:
+            if request.finish_reason is not None:
+                return
+            if request.is_prefilling and self._scheduler.is_running(request):
+                session = request.session
+                pending = session.pending
+                session.crop(request.prefill.start)
+                session.pending = pending
+            self._finish(request, "cancelled")
 
     def answer(self, requests: Sequence[Request]) -> None:
-        """Submits these and steps until all have ended. Left early, by an exception, it cancels
-        those that have not."""
-        with self:
+        """Submits these and steps until all have ended. An exception cancels those that have not.
+        Calls from other threads wait until this one has ended."""
+        with self.lock, self:
             try:
                 for request in requests:
                     self.submit(request)
@@ -110,47 +132,33 @@ class Engine:
                 for request in requests:
                     self.cancel(request)
 
-    def step(self) -> None:
-        """One pass for all running requests. Where it is broken off, what it has not committed is
-        as before it."""
-        self._admit()
-        segments = self._draft()
+    def step(self, on_layer: OnLayer | None = None) -> None:
+        """One pass for all running requests. Where it fails, everything is as before it."""
+        with self.lock:
+            self._step(on_layer)
+
+    def _step(self, on_layer: OnLayer | None) -> None:
+        batch = self._scheduler.schedule()
         begin = time.perf_counter()
         try:
-            logits = self._forward(segments)
-            runs = self._verify(segments, logits)
-            self._watch(segments, time.perf_counter() - begin)
-            self._commit(runs)
+            logits = self._run(batch, on_layer)
+            verified = self._verify(batch, logits)
+            self._note_cost(batch, time.perf_counter() - begin)
+            self._commit(verified)
         except BaseException:
-            for request, segment in segments:
-                request.forget(segment.undo())
+            for scheduled in batch:
+                scheduled.checkpoint.restore()
             raise
 
-    # --- the phases -------------------------------------------------------------------------------
+    # --- the phases -------------------------------------------------------------------------
 
-    def _admit(self) -> None:
-        while self._waiting and len(self._running) < self.max_running:
-            request = self._waiting.popleft()
-            request.session.prompt_len = len(request.prompt)
-            self._running.append(request)
-
-    def _draft(self) -> list[tuple[Request, Segment]]:
-        """The rows of each request: a root and its drafts, or the next part of a prompt."""
-        writing = [request for request in self._running if not request.is_prefilling]
-        limit = self.prefill_chunk_size if writing and not self.runner.single_request_only else None
-        reading = self._read_all(limit)
-        self._propose(writing, sum(len(segment.token_ids) for _, segment in reading))
-        return [(request, self._write(request)) for request in writing] + reading
-
-    def _forward(self, segments: Sequence[tuple[Request, Segment]]) -> list[Tensor | None]:
-        """Logits (R, V) of each segment's rows that speak; None where none do."""
-        together = [[segment for _, segment in segments]] if segments else []
-        groups = (
-            [[segment] for _, segment in segments] if self.runner.single_request_only else together
-        )
+    def _run(self, batch: Sequence[Scheduled], on_layer: OnLayer | None) -> list[Tensor | None]:
+        """Logits (R, V) of each segment's rows that need them; None where none do."""
+        together = [[scheduled.segment for scheduled in batch]] if batch else []
+        alone = [[scheduled.segment] for scheduled in batch]
         parts: list[Tensor | None] = []
-        for group in groups:
-            logits = self.runner.run(group)
+        for group in alone if self.runner.single_request_only else together:
+            logits = self.runner.run(group, on_layer)
             start = 0
             for segment in group:
                 num = len(segment.logits_indices) if logits.numel() else 0
@@ -159,164 +167,93 @@ class Engine:
         return parts
 
     def _verify(
-        self, segments: Sequence[tuple[Request, Segment]], logits: Sequence[Tensor | None]
-    ) -> list[tuple[Request, Segment, list[int], list[int]]]:
-        """What each request's answer goes on with: tokens, and the draft nodes whose rows hold
-        them."""
-        runs = []
-        for (request, segment), rows in zip(segments, logits, strict=True):
-            reading = segment.reading
-            if reading is not None:
-                reading.num_entered = (
-                    min(reading.end, len(request.session) + len(segment.token_ids)) - reading.start
-                )
-                reading.is_done = segment.has_last and reading.stage is None
-            elif rows is not None:
-                segment.check_recall(rows)
-            if rows is None or segment.to_revive or (reading is not None and not reading.is_done):
-                runs.append((request, segment, list[int](), list[int]()))
-                continue
-            tokens, nodes = self._walk(request, segment, rows)
-            runs.append((request, segment, tokens, nodes))
-        return runs
+        self, batch: Sequence[Scheduled], logits: Sequence[Tensor | None]
+    ) -> list[Verified]:
+        """What each request's answer goes on with: tokens, and the draft nodes that hold them."""
+        verified = []
+        for scheduled, rows in zip(batch, logits, strict=True):
+            request = scheduled.request
+            policy = scheduled.decode_policy
+            if scheduled.is_prefill:
+                self._advance_prefill(scheduled)
+            elif policy is not None and rows is not None:
+                request.to_revive = policy.check_recall(rows)
+                if request.to_revive:
+                    verified.append(Verified(scheduled, None, is_void=True))
+                    continue
+            if rows is None or request.is_prefilling:
+                verified.append(Verified(scheduled, None))
+            else:
+                verified.append(Verified(scheduled, self._walk(scheduled, rows)))
+        return verified
 
-    def _commit(self, runs: Sequence[tuple[Request, Segment, list[int], list[int]]]) -> None:
+    def _commit(self, verified: Sequence[Verified]) -> None:
         """Accepted rows stay in place, the rest is dropped; an answer ends at the very token that
         ends it."""
-        for request, segment, tokens, nodes in runs:
-            if segment.to_revive:  # once more, with what the root turned out to need
-                request.to_revive = segment.to_revive
+        for scheduled, found, is_void in verified:
+            request = scheduled.request
+            if is_void:
+                to_revive = request.to_revive
+                scheduled.checkpoint.restore()
+                request.to_revive = to_revive
                 request.num_steps += 1
-                segment.undo()
                 continue
+            tokens, nodes = found or ([], [])
             emitted, reason = self._accept(request, tokens)
-            kept = nodes[: max(0, len(emitted) - 1)]
-            request.to_revive = (
-                segment.to_revive_next(request.draft.child(nodes, tokens))
-                if segment.num_drafts
-                else {}
-            )
-            request.session.commit(segment.entered_tokens(kept), segment.num_drafts, kept)
+            accepted = nodes[: max(0, len(emitted) - 1)]
+            policy = scheduled.decode_policy
+            request.to_revive = {}
+            if policy is not None:
+                request.to_revive = policy.to_revive_next(request.draft.child(nodes, tokens))
+            num_drafts = scheduled.segment.num_drafts
+            request.session.commit(scheduled.entered_tokens(accepted), num_drafts, accepted)
             if emitted:
                 request.sources = request.draft.sources_of(nodes, len(emitted))
-                self._tell(request, segment, tokens, emitted, reason)
+                self._publish(scheduled, tokens, emitted, reason)
 
-    # --- their parts ------------------------------------------------------------------------------
+    # --- their parts ------------------------------------------------------------------------
 
-    def _propose(self, writing: Sequence[Request], num_reading: int) -> None:
-        """Each request's draft, cut to the nodes that raise expected tokens per second in the
-        common pass."""
-        if self.decode is None or not writing:
+    def _advance_prefill(self, scheduled: Scheduled) -> None:
+        """Notes how far the prompt has come by this pass."""
+        progress = scheduled.request.prefill
+        num_entered = len(scheduled.request.session) + len(scheduled.segment.token_ids)
+        progress.num_entered = min(progress.end, num_entered) - progress.start
+        has_last = scheduled.has_last or scheduled.continues
+        progress.is_done = has_last and progress.stage is None
+
+    def _note_cost(self, batch: Sequence[Scheduled], seconds: float) -> None:
+        """Passes that only decode tell what rows cost."""
+        if self._row_cost is None or not batch or any(item.is_prefill for item in batch):
             return
-        others = num_reading + sum(request.num_reviving for request in writing)
-        num_context, limit = (
-            sum(len(request.session) for request in writing),
-            self.decode.decoding_length,
-        )
-        cost = self._row_cost.cost if self._row_cost is not None else None
-        steps = (
-            [Step(cost, len(writing), others, num_context // len(writing))]
-            if cost is not None
-            else []
-        )
-        for request in writing:
-            request.proposed = Draft.EMPTY
-            room = request.max_new_tokens - len(request.answer) - 1
-            start = len(request.session)
-            steady = self.runner.may_draft(start, start + min(room, limit))
-            if request.drafts is not None and room > 0 and steady:
-                request.proposed = request.drafts.propose(limit, *steps).within(room)
-            request.draft = request.proposed
-        if self._row_cost is not None and any(request.proposed.probs for request in writing):
-            at_hand = self._row_cost.get().at(num_context // len(writing))
-            counts = choose([request.proposed.probs for request in writing], at_hand, others)
-            for request, count in zip(writing, counts, strict=True):
-                if request.proposed.probs:
-                    request.draft = request.proposed.best(count)
+        num_rows = sum(len(item.segment.token_ids) for item in batch)
+        num_context = sum(len(item.request.session) for item in batch) // len(batch)
+        self._row_cost.note(num_rows, num_context, seconds)
 
-    def _watch(self, segments: Sequence[tuple[Request, Segment]], seconds: float) -> None:
-        """What rows cost is told how long a pass took in which all are writing."""
-        if (
-            self._row_cost is not None
-            and segments
-            and all(segment.reading is None for _, segment in segments)
-        ):
-            rows = sum(len(segment.token_ids) for _, segment in segments)
-            self._row_cost.note(
-                rows, sum(len(request.session) for request, _ in segments) // len(segments), seconds
-            )
-
-    def _write(self, request: Request) -> Segment:
-        draft = request.draft
-        ancestors = torch.from_numpy(draft.ancestors).to(self.runner.device) if len(draft) else None
-        rows = (
-            request.session,
-            self.prefill,
-            [*request.session.pending, *draft.token_ids],
-            self.runner.device,
-        )
-        return Segment(
-            *rows, depths=draft.depths, ancestors=ancestors, to_revive_now=request.to_revive
-        )
-
-    def _read_all(self, limit: int | None) -> list[tuple[Request, Segment]]:
-        """Prompts first come first served: a whole one where nobody waits for a token, else parts
-        of `limit` rows."""
-        segments = []
-        for request in (request for request in self._running if request.is_prefilling):
-            segment = self._read(request, limit)
-            segments.append((request, segment))
-            may_grow = segment.has_last and request.session.num_stashed > 0
-            if limit is None or request.reading.stage is not None or may_grow:
-                break
-            limit -= len(segment.token_ids)
-            if limit <= 0:
-                break
-        return segments
-
-    def _read(self, request: Request, limit: int | None) -> Segment:
-        reading, start = request.reading, len(request.session)
-        token_ids: Sequence[int] = request.prompt[
-            -1:
-        ]  # carries on what was chosen: one row keeps its place
-        if reading.stage is None:
-            queries = self.prefill.scorer.window_size if self.prefill is not None else 1
-            token_ids = request.prompt[
-                start : start + chunk_len(reading.end - start, limit, max(1, queries))
-            ]
-        return Segment(
-            request.session,
-            self.prefill,
-            token_ids,
-            self.runner.device,
-            reading=reading,
-            limit=limit,
-        )
-
-    def _walk(
-        self, request: Request, segment: Segment, rows: Tensor
-    ) -> tuple[list[int], list[int]]:
+    def _walk(self, scheduled: Scheduled, rows: Tensor) -> Walk:
         """Follows the model's own choices through the draft."""
-        if (
-            request.drafts is None and self.decode is not None
-        ):  # indexed while a GPU still computes the pass
+        request = scheduled.request
+        if request.drafts is None and self.decode is not None:
             request.drafts = self.drafter.start(request.prompt, self.decode.namespace)
         picker = request.picker
-        likeliest = rows.argmax(-1).tolist() if picker.is_plain and request.scores is None else None
+        is_greedy = picker.is_plain and request.scores is None and request.logits is None
+        likeliest = rows.argmax(-1).tolist() if is_greedy else None
 
         def pick(node: int, tokens: Sequence[int]) -> int:
-            if likeliest is not None and request.logits is None:
+            if likeliest is not None:
                 return int(likeliest[node + 1])
-            bare = rows[node + 1]
-            processed = picker.process(bare, request.prefix(tokens))
+            raw = rows[node + 1]
+            processed = picker.process(raw, request.prefix(tokens))
             if request.scores is not None:
                 request.scores.append(processed)
             if request.logits is not None:
-                request.logits.append(bare.float())
+                request.logits.append(raw.float())
             return picker.choose(processed, len(request.answer) + len(tokens))
 
-        draft = request.draft if segment.reading is None else Draft.EMPTY
-        blocked = set(segment.blocked.nonzero()[:, 0].tolist()) if segment.num_drafts else set()
+        policy = scheduled.decode_policy
+        draft = Draft.EMPTY if scheduled.is_prefill else request.draft
+        blocked = set[int]()
+        if policy is not None and len(draft):
+            blocked = set(policy.blocked.nonzero()[:, 0].tolist())
         return walk(draft, pick, blocked=blocked)
 
     def _accept(self, request: Request, tokens: Sequence[int]) -> tuple[Sequence[int], str | None]:
@@ -330,20 +267,20 @@ class Engine:
                 return tokens[:num], reason
         return tokens, None
 
-    def _tell(
+    def _publish(
         self,
-        request: Request,
-        segment: Segment,
+        scheduled: Scheduled,
         tokens: Sequence[int],
         emitted: Sequence[int],
         reason: str | None,
     ) -> None:
-        """The session and the drafter hear of the step, then the caller does."""
+        """Updates session and drafter after a committed step, then calls `emit`."""
+        request = scheduled.request
         session = request.session
         session.pending = [emitted[-1]]
         request.num_emitted = len(request.answer)
         request.last_token = time.perf_counter()
-        if segment.reading is not None:
+        if scheduled.is_prefill:
             session.prefill_lens = [len(kv) for kv in session.kv]
             for stash in session.stashes.values():
                 stash.compact()
@@ -354,11 +291,9 @@ class Engine:
         request.num_revived_seen = session.num_revived
         if request.drafts is not None:
             request.drafts.extend(emitted)
-            if segment.reading is None:
+            if not scheduled.is_prefill:
                 request.drafts.feedback(request.proposed, tokens)
-        for kept in (request.scores, request.logits):
-            if kept is not None:
-                del kept[len(request.answer) :]
+        request.trim_logits()
         request.emit(emitted, reason)
         if reason is not None:
             self._finish(request, reason)
@@ -368,6 +303,4 @@ class Engine:
         request.session.in_use = False
         if request.drafts is not None:
             request.drafts.stop(remember=reason in ("stop", "length"))
-        for queue in (self._running, self._waiting):
-            if request in queue:
-                queue.remove(request)
+        self._scheduler.remove(request)

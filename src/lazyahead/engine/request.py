@@ -11,7 +11,7 @@ from torch import Tensor
 from lazyahead.cache.session import Session
 from lazyahead.draft.drafter import DraftRequest
 from lazyahead.draft.tree import Draft, Source
-from lazyahead.prefill.progress import Reading
+from lazyahead.prefill.progress import PrefillProgress
 from lazyahead.results import Stats
 from lazyahead.sampling import Picker
 
@@ -32,59 +32,67 @@ class Request:
         prefix: Sequence[int] | None = None,
         min_tokens: int | None = None,
     ) -> None:
-        """`prompt` is the whole text, whose first `len(session)` tokens the session has read.
-        `accept` sees each token of the answer and may answer with a finish reason; `emit` hears
-        of each step after it is committed. `prefix` is what processors see in place of `prompt`
-        (left padding included)."""
-        self.prompt, self.picker, self.accept, self.emit = list(prompt), picker, accept, emit
-        self.session, self.max_new_tokens = session, max_new_tokens
+        """`prompt` is the whole text, whose first `len(session)` tokens the session has computed.
+        `accept` receives each token of the answer and may return a finish reason; `emit` receives
+        the tokens of each step after it is committed. `prefix` is what logits processors see in
+        place of `prompt` (left padding included). Prompts that add fewer than `min_tokens` are
+        never pruned."""
+        # Set by the caller.
+        self.prompt = list(prompt)
+        self.picker = picker
+        self.accept = accept
+        self.emit = emit
+        self.session = session
+        self.max_new_tokens = max_new_tokens
+        self.scores: list[Tensor] | None = None
+        """Processed logits (V,) of each answer token; None: not collected."""
+        self.logits: list[Tensor] | None = None
+        """Raw logits (V,), likewise."""
+        self.submitted = time.perf_counter()
+        self.num_reused = len(session)
+        self._num_revived_before = session.num_revived
+        self._prefix = _Prefix(self.prompt if prefix is None else prefix)
+
+        # Set by the scheduler.
+        num_new = len(self.prompt) - len(session)
+        prunes = num_new >= (min_tokens or 0)
+        self.prefill = PrefillProgress(len(session), len(self.prompt), prunes, question)
+        self.proposed = Draft.EMPTY
+        """What the drafter proposed for this step."""
+        self.draft = Draft.EMPTY
+        """What of it is verified."""
+
+        # Set by the engine.
         self.answer: list[int] = []
         self.num_emitted = 0
         """Tokens of the answer that are committed."""
         self.finish_reason: str | None = None
-        self.num_reused, self.num_steps = len(session), 0
-        self.submitted = time.perf_counter()
+        self.num_steps = 0
         self.first_token: float | None = None
         self.last_token = self.submitted
-        self.scores: list[Tensor] | None = None
-        """Processed logits (V,) of each answer token; None: not asked for."""
-        self.logits: list[Tensor] | None = None
-        """Bare logits, likewise."""
-        self.proposed = self.draft = Draft.EMPTY
-        """What the drafter proposed for this step, and what of it is verified."""
         self.sources: tuple[Source | None, ...] = ()
-        """Where each token that the latest step told was drafted from; None: the model's own pick.
-        """
+        """Where each token of the latest step was drafted from; None: the model's own choice."""
         self.to_revive: Mapping[int, Tensor] = {}
-        """What the next pass brings back from the stashes, by boundary."""
+        """Stash entries that the next pass revives, by boundary."""
         self.num_reviving = 0
-        """Rows that came back in the latest step: they share the budget of the next."""
+        """Rows revived in the latest step: they share the row budget of the next."""
         self.num_revived_seen = session.num_revived
         self.drafts: DraftRequest | None = None
-        self._num_revived_before = session.num_revived
-        num_new = len(self.prompt) - len(session)
-        self.reading = Reading(
-            len(session), len(self.prompt), num_new >= (min_tokens or 0), question
-        )
-        self._prefix = _Prefix(self.prompt if prefix is None else prefix)
 
-    def forget(self, is_undone: bool) -> None:
-        """A pass was broken off: what it had added to the answer, and the scores it had noted, are
-        gone."""
-        if is_undone:
-            del self.answer[self.num_emitted :]
-        for kept in (self.scores, self.logits):
-            if kept is not None:
-                del kept[len(self.answer) :]
+    def trim_logits(self) -> None:
+        """Drops collected scores and logits beyond the answer."""
+        for collected in (self.scores, self.logits):
+            if collected is not None:
+                del collected[len(self.answer) :]
 
     @property
     def is_prefilling(self) -> bool:
-        return not self.reading.is_done
+        return not self.prefill.is_done
 
     @property
     def progress(self) -> float:
         """Fraction of the prompt's tokens that have entered; for a progress bar."""
-        return self.reading.num_entered / max(1, self.reading.end - self.reading.start)
+        return self.prefill.num_entered / max(1, self.prefill.end - self.prefill.start)
 
     def prefix(self, more: Sequence[int]) -> Tensor:
         """The text so far and `more`, (1, N), as processors see it."""

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from lazyahead.cache.session import Session
 from lazyahead.draft.budget import RowCost
-from lazyahead.engine.model_runner import Runner
 from lazyahead.errors import ConfigError, OutOfMemoryError
-from lazyahead.prefill.policy import Segment
+from lazyahead.hf.runner import Runner
+from lazyahead.hf.segment import Segment
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 _CONTEXTS = (128, 2048)
@@ -58,7 +58,7 @@ def measure(runner: Runner) -> RowCost:
     session = Session(runner.num_layers)
     short, long = _CONTEXTS
     with runner.attached():
-        runner.run([Segment(session, None, [1] * short, runner.device)])
+        runner.run([Segment(session.kv, [1] * short, range(short), [short - 1], runner.device)])
         session.commit([1] * short, 0, [])
         try:
             near, far = _best(runner, (session, _stretched(session, long)))
@@ -121,8 +121,15 @@ def _time_step(runner: Runner, session: Session, rows: int) -> float:
     """A chain of drafts under one root, taken back afterwards."""
     num_drafts = rows - 1
     ancestors = torch.ones(num_drafts, num_drafts, dtype=torch.bool, device=runner.device).tril()
-    depths = range(1, rows)
-    segment = Segment(session, None, [1] * rows, runner.device, depths=depths, ancestors=ancestors)
+    first = len(session)
+    segment = Segment(
+        session.kv,
+        [1] * rows,
+        range(first, first + rows),
+        range(rows),
+        runner.device,
+        ancestors=ancestors if num_drafts else None,
+    )
     start = time.perf_counter()
     logits = runner.run([segment])
     logits.argmax(-1).tolist()  # waits for the device, as a step does

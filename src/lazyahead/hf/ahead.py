@@ -1,10 +1,9 @@
-"""Some rows run ahead through deeper layers while the others stand still, to see what they will
-attend to there.
+"""Some rows run ahead through deeper layers while the rest of the prompt stays at a boundary.
 
-States change little from layer to layer: InfiniGen (arXiv 2406.19707) foretells the next layer's
-attention from this layer's input. Here the question goes several layers deep, over keys made of the
-states that stand at a boundary. The model's own layers are called, with the arguments the model has
-called layers of their kind with in this pass.
+Hidden states change little from layer to layer: InfiniGen (arXiv 2406.19707) approximates the next
+layer's attention from this layer's input. Here the last rows go several layers deep, over keys
+made of the hidden states at the boundary. The model's own layers are called, with the arguments
+that the model has called layers of their kind with in this pass.
 """
 
 from __future__ import annotations
@@ -15,102 +14,97 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lazyahead.cache.kv import LayerKV
-from lazyahead.hf.attention import Heads, Rows, attention_of
-from lazyahead.hf.segment import Pass, Segment
+from lazyahead.hf.attention import AttentionParams, QueryRows, attention_weights, reduce_heads
+from lazyahead.hf.batch import Batch
+from lazyahead.hf.segment import Rows, Segment
 
 
-class FrozenRows(NamedTuple):
-    """Tokens at a boundary, as they stand there."""
+class AheadLayer(NamedTuple):
+    """What one layer gave to rows that ran ahead."""
 
-    hidden: Tensor
-    """(T, d) what would enter the layer."""
-    positions: Tensor
-    """(T,)"""
-    entered: Tensor
-    """(T,) offset into the tokens of this pass; -1 for those of an earlier one."""
-
-    def slice(self, part: slice) -> FrozenRows:
-        return FrozenRows(*(field[part] for field in self))
+    layer: int
+    weights: Tensor
+    """(Q, N) attention of the running rows to the layer's cached tokens, then to the tokens at the
+    boundary, then to themselves; mean over heads."""
+    keys: Tensor
+    """(1, H_kv, N, D)"""
 
 
-class _Seen(Exception):  # noqa: N818 (a way out, no error)
-    """The keys and values of the tokens that stand still are known: the rest of the layer has
-    nothing to do."""
+class _KeysKnown(Exception):  # noqa: N818 (a way out, no error)
+    """Keys and values of the tokens at the boundary are known: the rest of the layer is skipped."""
 
 
 class ScratchKV:
-    """Takes the place of a pass's attention while one layer runs ahead."""
+    """Takes the place of a pass's cache while one layer runs ahead."""
 
-    def __init__(self, cached: LayerKV) -> None:
+    def __init__(self, cached: LayerKV, positions: Tensor) -> None:
         self.kv = LayerKV()
         if len(cached):
             self.kv.append(cached.keys, cached.values, cached.positions)
-        self.positions: Tensor | None = None
-        self.runs = False
+        self.positions = positions
+        """Of the rows that the layer is called with next."""
+        self.needs_output = False
         self.weights: Tensor | None = None
-        """(H, Q, N) what the running rows pay to cached tokens, to those that stand still, and to
-        themselves."""
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, heads: Heads) -> Tensor:
-        """As a segment's, with keys and values that nobody keeps."""
-        assert self.positions is not None
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams
+    ) -> Tensor:
+        """As `Segment.attend`, with keys and values that are thrown away."""
         self.kv.append(keys, values, self.positions)
-        if not self.runs:
-            raise _Seen
-        rows = Rows(self.positions, int(self.positions[-1]))
-        self.weights = attention_of(query, self.kv, rows, heads)
-        weights = self.weights.to(values.dtype).view(
-            values.shape[1], -1, len(self.kv)
-        )  # (H_kv, G * Q, N)
-        answers: Tensor = weights @ self.kv.values[0]
-        return answers.view(1, query.shape[1], query.shape[2], -1)
+        if not self.needs_output:
+            raise _KeysKnown
+        rows = QueryRows(self.positions, int(self.positions[-1]))
+        weights = attention_weights(query, self.kv, rows, params)  # (H, Q, N)
+        self.weights = reduce_heads(weights, "mean")
+        grouped = weights.to(values.dtype).view(values.shape[1], -1, len(self.kv))
+        output: Tensor = grouped @ self.kv.values[0]  # (H_kv, G * Q, D_v)
+        return output.view(1, query.shape[1], query.shape[2], -1)
 
 
 def run_ahead(
-    pass_: Pass,
+    batch: Batch,
     segment: Segment,
-    stands: Sequence[FrozenRows],
-    running: FrozenRows,
+    frozen: Sequence[Rows],
+    running: Rows,
     cached: Sequence[LayerKV],
     layers: range,
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Each of `layers` that sees everything, the attention (H, Q, N) that the `running` rows pay
-    there, and the keys (1, H_kv, N, D). The N tokens: those that the layer has `cached`, then
-    those that stand still there (`stands`, one for each layer), then the rows themselves (rising
-    positions, the last of the text).
+) -> Iterator[AheadLayer]:
+    """Lets `running` rows (the last of the text, rising positions) go through `layers`.
 
-    A layer whose kind was not called yet in this pass is passed by.
+    `frozen` are the tokens that stay at the boundary, one entry for each layer. Layers with a
+    window, and layers whose kind was not called yet in this pass, are skipped.
     """
-    here = pass_.layer
+    here = batch.layer
     try:
-        for layer, still in zip(layers, stands, strict=True):
-            if not pass_.spec.attends_fully[layer] or not pass_.knows_call(layer):
+        for layer, still in zip(layers, frozen, strict=True):
+            if not batch.spec.attends_fully[layer] or not batch.knows_call(layer):
                 continue
-            pass_.layer, pass_.scratch = layer, ScratchKV(cached[layer])
+            batch.layer = layer
+            scratch = ScratchKV(cached[layer], still.positions)
+            batch.scratch = scratch
             if len(still.positions):
-                _call(pass_, segment, still)
-            pass_.scratch.runs = True
-            running = running._replace(hidden=_call(pass_, segment, running))
-            assert pass_.scratch.weights is not None
-            yield layer, pass_.scratch.weights, pass_.scratch.kv.keys
+                _call(batch, segment, still)
+            scratch.positions = running.positions
+            scratch.needs_output = True
+            running = running._replace(hidden=_call(batch, segment, running))
+            assert scratch.weights is not None
+            yield AheadLayer(layer, scratch.weights, scratch.kv.keys)
     finally:
-        pass_.layer, pass_.scratch = here, None
+        batch.layer = here
+        batch.scratch = None
 
 
-def _call(pass_: Pass, segment: Segment, tokens: FrozenRows) -> Tensor:
-    """What the layer makes of tokens (T, d); they are returned as they are where it was left early."""
-    assert pass_.scratch is not None
-    pass_.scratch.positions = tokens.positions
-    module: nn.Module = pass_.spec.layers[pass_.layer]
-    places, names = pass_.call_for(pass_.layer, segment, tokens.positions, tokens.entered)
-    hidden = tokens.hidden[None]
+def _call(batch: Batch, segment: Segment, rows: Rows) -> Tensor:
+    """The layer's output (T, d) for rows; the rows as they are where it was left early."""
+    module: nn.Module = batch.spec.layers[batch.layer]
+    args, named = batch.call_for(batch.layer, segment, rows.positions, rows.entered)
+    hidden = rows.hidden[None]
     try:
-        output = (
-            module(hidden, *places, **names)
-            if pass_.is_positional
-            else module(hidden_states=hidden, **names)
-        )
-    except _Seen:
-        return tokens.hidden
-    rows: Tensor = (output[0] if isinstance(output, tuple) else output)[0]
-    return rows
+        if batch.is_positional:
+            output = module(hidden, *args, **named)
+        else:
+            output = module(hidden_states=hidden, **named)
+    except _KeysKnown:
+        return rows.hidden
+    states: Tensor = (output[0] if isinstance(output, tuple) else output)[0]
+    return states

@@ -27,7 +27,7 @@ _BLOCK = 512
 """Rows per block where a mask is needed, so that no mask is larger than (512, N)."""
 
 
-class Heads(NamedTuple):
+class AttentionParams(NamedTuple):
     """What a layer says about its attention."""
 
     scaling: float
@@ -49,7 +49,7 @@ class LocalWindow(NamedTuple):
     until: int
 
 
-class Rows(NamedTuple):
+class QueryRows(NamedTuple):
     """The query rows of one request at one layer."""
 
     positions: Tensor
@@ -58,14 +58,14 @@ class Rows(NamedTuple):
     """Highest position, known without asking the device."""
     ancestors: Tensor | None = None
     """(M, M) for the last M rows, which are drafts: [i, j] says that j is i or comes before it."""
-    masks: dict[tuple[Heads, int], Tensor] | None = None
+    masks: dict[tuple[AttentionParams, int], Tensor] | None = None
     """Masks that layers with the same rows and keys share, by heads and how often they repeat."""
-    near: LocalWindow | None = None
+    local: LocalWindow | None = None
     """Where rows see less than all; their positions then rise by one, and every earlier token has
     its key."""
 
 
-def attend(query: Tensor, kv: LayerKV, rows: Rows, heads: Heads) -> Tensor:
+def attend(query: Tensor, kv: LayerKV, rows: QueryRows, heads: AttentionParams) -> Tensor:
     """Attention of T rows (query (1, H, T, D)) over a layer's keys, whose last T are the rows' own:
     (1, H, T, D_v).
 
@@ -75,8 +75,8 @@ def attend(query: Tensor, kv: LayerKV, rows: Rows, heads: Heads) -> Tensor:
     whole = _sees_everything(rows, heads)
     if num_rows == 1 and whole and plain:
         return _fold(query, kv, None, heads)
-    if rows.near is not None and heads.window is None and heads.chunk is None:
-        return _attend_local(query, kv, rows, rows.near, heads)
+    if rows.local is not None and heads.window is None and heads.chunk is None:
+        return _attend_local(query, kv, rows, rows.local, heads)
     if num_rows == num_keys and rows.ancestors is None and whole and plain and num_rows > 1:
         grouped = query.shape[1] != kv.keys.shape[1]
         return scaled_dot_product_attention(
@@ -91,7 +91,7 @@ def attend(query: Tensor, kv: LayerKV, rows: Rows, heads: Heads) -> Tensor:
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
 
 
-class More(NamedTuple):
+class ExtraKeys(NamedTuple):
     """Keys that every row sees besides the cached ones."""
 
     keys: Tensor
@@ -100,8 +100,12 @@ class More(NamedTuple):
     """(E,); the others are not there."""
 
 
-def attention_of(
-    query: Tensor, kv: LayerKV, rows: Rows, heads: Heads, more: More | None = None
+def attention_weights(
+    query: Tensor,
+    kv: LayerKV,
+    rows: QueryRows,
+    heads: AttentionParams,
+    more: ExtraKeys | None = None,
 ) -> Tensor:
     """The attention itself, (H, Q, N) in fp32, that the last Q rows (query (1, H, Q, D)) pay: small
     Q only.
@@ -114,14 +118,22 @@ def attention_of(
     return _weights(query, kv.keys, mask, heads, more)[0].reshape(query.shape[1], num_queries, -1)
 
 
-def _sees_everything(rows: Rows, heads: Heads) -> bool:
+def reduce_heads(weights: Tensor, how: str) -> Tensor:
+    """Attention weights (H, Q, N) to (Q, N): `mean` (eq. 1 of LazyLLM) or `max` over heads.
+
+    The one place where heads are reduced: under tensor parallelism, ranks agree here.
+    """
+    return weights.amax(0) if how == "max" else weights.mean(0)
+
+
+def _sees_everything(rows: QueryRows, heads: AttentionParams) -> bool:
     """No window and no chunk hides an earlier key from any row."""
     if heads.window is not None and rows.last >= heads.window:
         return False
     return heads.chunk is None or rows.last < heads.chunk
 
 
-def _bias(rows: Rows, kv: LayerKV, heads: Heads, groups: int) -> Tensor:
+def _bias(rows: QueryRows, kv: LayerKV, heads: AttentionParams, groups: int) -> Tensor:
     """(G * T, N) what is added to the logits of few rows: 0 where a row sees a key, else -inf. A
     mask of booleans would be turned into this at every layer."""
 
@@ -132,7 +144,9 @@ def _bias(rows: Rows, kv: LayerKV, heads: Heads, groups: int) -> Tensor:
     return _shared(rows, heads, groups, make)
 
 
-def _shared(rows: Rows, heads: Heads, groups: int, make: Callable[[], Tensor]) -> Tensor:
+def _shared(
+    rows: QueryRows, heads: AttentionParams, groups: int, make: Callable[[], Tensor]
+) -> Tensor:
     """What `make` makes, remembered for the next layer."""
     if rows.masks is None:
         return make()
@@ -142,7 +156,7 @@ def _shared(rows: Rows, heads: Heads, groups: int, make: Callable[[], Tensor]) -
     return rows.masks[kind]
 
 
-def _mask(rows: Rows, part: slice, key_positions: Tensor, heads: Heads) -> Tensor:
+def _mask(rows: QueryRows, part: slice, key_positions: Tensor, heads: AttentionParams) -> Tensor:
     """(T, N) what the rows of `part` see of the keys."""
     queries = rows.positions[part, None]
     mask = key_positions <= queries
@@ -159,7 +173,9 @@ def _mask(rows: Rows, part: slice, key_positions: Tensor, heads: Heads) -> Tenso
     return mask
 
 
-def _attend_block(query: Tensor, start: int, kv: LayerKV, rows: Rows, heads: Heads) -> Tensor:
+def _attend_block(
+    query: Tensor, start: int, kv: LayerKV, rows: QueryRows, heads: AttentionParams
+) -> Tensor:
     num_rows, total = query.shape[2], rows.positions.numel()
     seen = (
         len(kv) - total + start + num_rows if rows.ancestors is None else len(kv)
@@ -179,19 +195,19 @@ def _attend_block(query: Tensor, start: int, kv: LayerKV, rows: Rows, heads: Hea
 
 
 def _attend_local(
-    query: Tensor, kv: LayerKV, rows: Rows, near: LocalWindow, heads: Heads
+    query: Tensor, kv: LayerKV, rows: QueryRows, local: LocalWindow, heads: AttentionParams
 ) -> Tensor:
     """Block by block, each over the few keys it sees; the last rows over all. Slots stand by
     position here."""
     num_rows, first = query.shape[2], rows.last + 1 - query.shape[2]
-    num_near, grouped = (
-        min(max(0, near.until - first), num_rows),
+    num_local, grouped = (
+        min(max(0, local.until - first), num_rows),
         query.shape[1] != kv.keys.shape[1],
     )
     blocks, start, mask = [], 0, None
-    while start < num_near:
-        size = min(near.num_tokens if first + start == 0 else _LOCAL_BLOCK, num_near - start)
-        low, end = first + start + 1 - near.num_tokens, first + start + size
+    while start < num_local:
+        size = min(local.num_tokens if first + start == 0 else _LOCAL_BLOCK, num_local - start)
+        low, end = first + start + 1 - local.num_tokens, first + start + size
         parts = (slice(0, end),) if low <= NUM_SINKS else (slice(0, NUM_SINKS), slice(low, end))
         keys, values = (
             torch.cat([of[:, :, part] for part in parts], 2) for of in (kv.keys, kv.values)
@@ -204,7 +220,7 @@ def _attend_local(
                 torch.cat([kv.positions[at] for at in parts]),
             )
             mask = (places <= queries) & (
-                (places > queries - near.num_tokens) | (places < NUM_SINKS)
+                (places > queries - local.num_tokens) | (places < NUM_SINKS)
             )
             bias = query.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
         block = query[:, :, start : start + size]
@@ -224,13 +240,15 @@ def _attend_local(
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
 
 
-def _answer(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, heads: Heads) -> Tensor:
+def _answer(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, heads: AttentionParams
+) -> Tensor:
     """What no kernel computes: soft caps and sinks. (1, H, T, D) -> (1, H, T, D_v)."""
     weights = _weights(query, keys, mask, heads).to(values.dtype)
     return (weights @ values).view(1, query.shape[1], query.shape[2], -1)
 
 
-def _fold(query: Tensor, kv: LayerKV, bias: Tensor | None, heads: Heads) -> Tensor:
+def _fold(query: Tensor, kv: LayerKV, bias: Tensor | None, heads: AttentionParams) -> Tensor:
     """Grouped heads as extra rows: (1, H, T, D) -> (1, H_kv, G * T, D) and back."""
     num_heads, num_rows, num_kv = query.shape[1], query.shape[2], kv.keys.shape[1]
     folded = query.reshape(1, num_kv, num_heads // num_kv * num_rows, -1)
@@ -241,7 +259,11 @@ def _fold(query: Tensor, kv: LayerKV, bias: Tensor | None, heads: Heads) -> Tens
 
 
 def _weights(
-    query: Tensor, keys: Tensor, mask: Tensor | None, heads: Heads, more: More | None = None
+    query: Tensor,
+    keys: Tensor,
+    mask: Tensor | None,
+    heads: AttentionParams,
+    more: ExtraKeys | None = None,
 ) -> Tensor:
     """Softmax of the logits in fp32, (1, H_kv, G * T, N), those of `more` keys behind them."""
     num_heads, num_rows, num_kv = query.shape[1], query.shape[2], keys.shape[1]
@@ -265,6 +287,6 @@ def _weights(
     return torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
 
 
-def _logits(folded: Tensor, keys: Tensor, heads: Heads) -> Tensor:
+def _logits(folded: Tensor, keys: Tensor, heads: AttentionParams) -> Tensor:
     logits = (folded @ keys.transpose(2, 3)).float() * heads.scaling
     return logits if heads.softcap is None else heads.softcap * torch.tanh(logits / heads.softcap)

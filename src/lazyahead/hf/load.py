@@ -146,7 +146,7 @@ def _device(name: str) -> torch.device:
 
 
 def _check_folder(name: str) -> None:
-    """What looks like a path must be a folder with a config and safetensors weights."""
+    """What traces like a path must be a folder with a config and safetensors weights."""
     folder = Path(name)
     if not folder.exists():
         if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lazyahead.hf.load import max_context
 from lazyahead.hf.rope import Rope, growing_rope
-from lazyahead.hf.trace import Call, Entry, Look, Mask, Unfit, all_configs, look
+from lazyahead.hf.trace import AttentionCall, LayerCall, MaskRule, Trace, Unfit, all_configs, trace
 from lazyahead.prefill.schedule import LayerShape
 
 ATTENTION_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -37,7 +37,7 @@ _FARTHEST = 1 << 20
 
 
 @dataclass(frozen=True)
-class Table:
+class TokenArg:
     """An argument of layers that holds one row per token in the pass: rotary tables, position ids
     and the like."""
 
@@ -47,7 +47,7 @@ class Table:
     """Along which the rows stand."""
 
 
-Plan = Table | tuple["Plan | None", ...] | None
+ArgSpec = TokenArg | tuple["ArgSpec | None", ...] | None
 """Which parts of an argument are tables; a tuple mirrors an argument that is a tuple or list."""
 
 
@@ -55,6 +55,8 @@ Plan = Table | tuple["Plan | None", ...] | None
 class ModelSpec:
     """The parts of one model that the seams need."""
 
+    layer_list: nn.ModuleList
+    """The module list that holds the layers."""
     layers: tuple[nn.Module, ...]
     """Those that attend, in order; layers that run only beside pictures or sound are left out."""
     head: nn.Module
@@ -68,9 +70,9 @@ class ModelSpec:
     """Per layer: query heads times their size."""
     projected: tuple[int, ...]
     """Per layer: weights that make its queries, keys and values."""
-    plans: tuple[dict[int | str, Plan], ...]
+    arg_specs: tuple[dict[int | str, ArgSpec], ...]
     """Per layer: the tables among its arguments, by place or name."""
-    num_tables: int
+    num_token_args: int
     rope: Rope | None
     """Rotary tables that change with the longest position in a pass: requests then travel alone and
     unsplit."""
@@ -78,6 +80,13 @@ class ModelSpec:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    def is_current(self, model: PreTrainedModel) -> bool:
+        """Whether the model still has the head and the layers that were inspected."""
+        members = {id(member) for member in self.layer_list}
+        has_list = any(module is self.layer_list for module in model.modules())
+        has_layers = has_list and all(id(layer) in members for layer in self.layers)
+        return has_layers and model.get_output_embeddings() is self.head
 
     @property
     def layer_types(self) -> tuple[str, ...]:
@@ -93,9 +102,9 @@ class ModelSpec:
         return tuple(kind == "full_attention" for kind in self.layer_types)
 
     @cached_property
-    def kinds(self) -> tuple[tuple[tuple[int | str, Plan], ...], ...]:
+    def kinds(self) -> tuple[tuple[tuple[int | str, ArgSpec], ...], ...]:
         """Per layer what it is handed: layers of one kind are handed the same tables."""
-        return tuple(tuple(plans.items()) for plans in self.plans)
+        return tuple(tuple(arg_specs.items()) for arg_specs in self.arg_specs)
 
     @property
     def device(self) -> torch.device:
@@ -132,13 +141,16 @@ def inspect_model(model: PreTrainedModel) -> ModelSpec:
     head = model.get_output_embeddings()
     if head is None:
         raise Unfit("the model has no output head")
-    short, long = _looks(model)
-    layers = _layers(model, short)
+    short, long = _traces(model)
+    layer_list, layers = _layers(model, short)
     calls = _calls_by_layer(layers, short)
     reaches = _reaches(calls, max_context(model))
-    tables: dict[tuple[int, int, int], Table] = {}
-    plans = tuple(_plans(short.entries[layer], long.entries[layer], tables) for layer in layers)
+    token_args: dict[tuple[int, int, int], TokenArg] = {}
+    arg_specs = tuple(
+        _arg_specs(short.entries[layer], long.entries[layer], token_args) for layer in layers
+    )
     return ModelSpec(
+        layer_list=layer_list,
         layers=layers,
         head=head,
         configs=all_configs(model),
@@ -149,13 +161,13 @@ def inspect_model(model: PreTrainedModel) -> ModelSpec:
             _num_projected(short.entries[layer], call)
             for layer, call in zip(layers, calls, strict=True)
         ),
-        plans=plans,
-        num_tables=len(tables),
+        arg_specs=arg_specs,
+        num_token_args=len(token_args),
         rope=growing_rope(model),
     )
 
 
-def _num_projected(entry: Entry, call: Call) -> int:
+def _num_projected(entry: LayerCall, call: AttentionCall) -> int:
     """Weights between a layer's hidden states and its attention, as if each number came of all of
     them."""
     hidden = entry.args[0] if entry.args else entry.kwargs["hidden_states"]
@@ -171,38 +183,41 @@ def declared_types(model: PreTrainedModel) -> tuple[str, ...]:
     )
 
 
-def _looks(model: PreTrainedModel) -> tuple[Look, Look]:
-    """Two looks with different numbers of tokens: what differs in shape has a row per token."""
+def _traces(model: PreTrainedModel) -> tuple[Trace, Trace]:
+    """Two traces with different numbers of tokens: what differs in shape has a row per token."""
     try:
-        looks = look(model, 5), look(model, 7)
+        traces = trace(model, 5), trace(model, 7)
     except Exception:
         if getattr(model, "_supports_attention_backend", True):
             raise
-        looks = Look(5, [], {}), Look(7, [], {})
-    if not looks[0].calls:
+        traces = Trace(5, [], {}), Trace(7, [], {})
+    if not traces[0].calls:
         raise Unfit("its attention is not called through transformers' attention interface")
-    return looks
+    return traces
 
 
-def _layers(model: nn.Module, seen: Look) -> tuple[nn.Module, ...]:
-    """The members of the one module list that hold every attention that was called."""
+def _layers(model: nn.Module, seen: Trace) -> tuple[nn.ModuleList, tuple[nn.Module, ...]]:
+    """The one module list that holds every attention that was called, and its members that do."""
     callers = {call.module for call in seen.calls}
     best: list[nn.Module] = []
     ran: list[nn.Module] = []
+    found: nn.ModuleList | None = None
     for stack in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
         inside = [member for member in stack if not callers.isdisjoint(member.modules())]
         if len(inside) > len(best) and callers.issubset(
             part for member in inside for part in member.modules()
         ):
-            best, ran = inside, [member for member in stack if member in seen.entries]
-    if not best:
+            best = inside
+            ran = [member for member in stack if member in seen.entries]
+            found = stack
+    if found is None:
         raise Unfit("its attention calls do not come from one stack of layers")
     if len(ran) > len(best):
         raise Unfit(f"{len(ran) - len(best)} of its {len(ran)} layers run without attention")
-    return tuple(best)
+    return found, tuple(best)
 
 
-def _calls_by_layer(layers: Sequence[nn.Module], seen: Look) -> list[Call]:
+def _calls_by_layer(layers: Sequence[nn.Module], seen: Trace) -> list[AttentionCall]:
     """The one attention call of each layer, each checked by itself."""
     owner = {part: index for index, layer in enumerate(layers) for part in layer.modules()}
     order = [owner[call.module] for call in seen.calls]
@@ -220,7 +235,7 @@ def _calls_by_layer(layers: Sequence[nn.Module], seen: Look) -> list[Call]:
     return seen.calls
 
 
-def _check_call(index: int, call: Call, num_tokens: int) -> None:
+def _check_call(index: int, call: AttentionCall, num_tokens: int) -> None:
     unknown = sorted(
         name
         for name, value in call.extras.items()
@@ -232,14 +247,14 @@ def _check_call(index: int, call: Call, num_tokens: int) -> None:
         raise Unfit(
             f"layer {index} attends with {call.query.shape[2]} rows to {call.keys.shape[2]} keys of its own"
         )
-    if call.extras.get("is_causal") is False or not isinstance(call.mask, Mask):
+    if call.extras.get("is_causal") is False or not isinstance(call.mask, MaskRule):
         raise Unfit(f"layer {index} does not take its mask from transformers' mask interface")
 
 
 # --- masks ----------------------------------------------------------------------------------------
 
 
-def _reaches(calls: Sequence[Call], context: int) -> list[tuple[int | None, int | None]]:
+def _reaches(calls: Sequence[AttentionCall], context: int) -> list[tuple[int | None, int | None]]:
     """Window and chunk of each layer, read off its mask rule; layers with one rule are asked once."""
     known: dict[int, tuple[int | None, int | None]] = {}
     for index, call in enumerate(calls):
@@ -288,9 +303,9 @@ def _reach(rule: Any, far: int, device: torch.device, layer: int) -> tuple[int |
 # --- arguments of layers --------------------------------------------------------------------------
 
 
-def _plans(
-    short: Entry, long: Entry, tables: dict[tuple[int, int, int], Table]
-) -> dict[int | str, Plan]:
+def _arg_specs(
+    short: LayerCall, long: LayerCall, token_args: dict[tuple[int, int, int], TokenArg]
+) -> dict[int | str, ArgSpec]:
     """Which arguments of a layer hold a row per token, hidden states aside."""
     hidden = short.args[0] if short.args else short.kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[0] != 1:
@@ -303,16 +318,16 @@ def _plans(
         for name, value in short.kwargs.items()
         if name != "hidden_states"
     }
-    plans = {name: _plan(name, *values, tables) for name, values in both.items()}
-    return {name: plan for name, plan in plans.items() if plan is not None}
+    arg_specs = {name: _arg_spec(name, *values, token_args) for name, values in both.items()}
+    return {name: plan for name, plan in arg_specs.items() if plan is not None}
 
 
-def _plan(
-    name: int | str, short: Any, long: Any, tables: dict[tuple[int, int, int], Table]
-) -> Plan:
+def _arg_spec(
+    name: int | str, short: Any, long: Any, token_args: dict[tuple[int, int, int], TokenArg]
+) -> ArgSpec:
     if isinstance(short, tuple | list):
         parts = tuple(
-            _plan(name, one, other, tables) for one, other in zip(short, long, strict=True)
+            _arg_spec(name, one, other, token_args) for one, other in zip(short, long, strict=True)
         )
         return parts if any(part is not None for part in parts) else None
     if not isinstance(short, Tensor) or short.shape == long.shape:
@@ -324,4 +339,5 @@ def _plan(
     ]
     if len(dims) > 1:
         raise Unfit(f"argument {name} of its layers belongs to pairs of tokens")
-    return tables.setdefault((id(short), id(long), dims[0]), Table(len(tables), dims[0]))
+    key = (id(short), id(long), dims[0])
+    return token_args.setdefault(key, TokenArg(len(token_args), dims[0]))

@@ -7,30 +7,17 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lazyahead.errors import LazyAheadError, OutOfMemoryError
+from lazyahead.hf.segment import Segment
 
 _CACHES = ("past_key_values", "cache_params", "state")
 """Names under which models hand back what they remember."""
-
-
-class _Flight(Protocol):
-    @property
-    def token_ids(self) -> Sequence[int]: ...
-
-    @property
-    def entering_positions(self) -> Tensor: ...
-
-    @property
-    def session(self) -> Any: ...
-
-    @property
-    def logits_indices(self) -> Sequence[int]: ...
 
 
 class PlainRunner:
@@ -42,7 +29,6 @@ class PlainRunner:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.on_layer: Callable[[int], None] | None = None
         self._caches: weakref.WeakKeyDictionary[Any, tuple[int, dict[str, Any]]] = (
             weakref.WeakKeyDictionary()
         )
@@ -64,13 +50,19 @@ class PlainRunner:
         yield self
 
     @torch.no_grad()
-    def run(self, segments: Sequence[_Flight]) -> Tensor:
-        """Logits (R, V) of the rows that speak of one segment. Behind a cache tokens go one by one:
-        several models of transformers use their recurrent state only then. Raises LazyAheadError
-        when there is no way to go on."""
+    def run(
+        self, segments: Sequence[Segment], on_layer: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Logits (R, V) of the rows of one segment that need them; `on_layer` is not called.
+
+        Behind a cache tokens go one by one: several models of transformers use their recurrent
+        state only then. Raises LazyAheadError when the state that this segment continues is lost.
+        """
         (segment,) = segments
-        token_ids, positions = list(segment.token_ids), segment.entering_positions
-        start, (num_read, cache) = int(positions[0]), self._caches.pop(segment.session, (0, {}))
+        token_ids = list(segment.token_ids)
+        positions = segment.entering_positions
+        start = int(positions[0])
+        num_read, cache = self._caches.pop(segment.owner, (0, {}))
         if start not in (0, num_read):  # a pass that failed left nothing behind
             raise LazyAheadError(
                 f"the state after {start} tokens of this conversation was lost; start a new one"
@@ -79,14 +71,14 @@ class PlainRunner:
         if start == 0:
             logits, cache = self._forward(token_ids, positions, {}, len(token_ids) - first)
         else:
-            spoken: list[Tensor] = []
+            parts: list[Tensor] = []
             for row, token_id in enumerate(token_ids):
                 row_logits, cache = self._forward(
                     [token_id], positions[row : row + 1], cache, int(row >= first)
                 )
-                spoken.append(row_logits)
-            logits = torch.cat(spoken)
-        self._caches[segment.session] = (start + len(token_ids), cache)
+                parts.append(row_logits)
+            logits = torch.cat(parts)
+        self._caches[segment.owner] = (start + len(token_ids), cache)
         return logits[[row - first for row in segment.logits_indices]]
 
     def _forward(

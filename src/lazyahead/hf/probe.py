@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,12 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lazyahead.cache.kv import GrowableTensor, LayerKV
-from lazyahead.hf.ahead import FrozenRows, run_ahead
-from lazyahead.hf.attention import Heads, Rows, attend
+from lazyahead.hf.ahead import run_ahead
+from lazyahead.hf.attach import attachment_of
+from lazyahead.hf.batch import Batch
 from lazyahead.hf.model_spec import ModelSpec, declared_types, inspect_model
 from lazyahead.hf.plain_runner import PlainRunner
-from lazyahead.hf.runner import Runner
-from lazyahead.hf.segment import Pass
+from lazyahead.hf.runner import Runner, uncompiled
+from lazyahead.hf.segment import Policy, Rows, Segment
 from lazyahead.hf.trace import Unfit, switched
 
 Level = Literal["full", "decode-only", "none"]
@@ -54,44 +54,58 @@ def probe(model: PreTrainedModel) -> Support:
 
 
 def examine(model: PreTrainedModel) -> tuple[Support, ModelSpec | None]:
-    """`probe`, with the parts where the level is `full`."""
-    if model not in _known:
-        _known[model] = _examine(model)
-    return _known[model]
+    """`probe`, with the model's parts where the level is `full`.
+
+    The result is kept while the model has the same layers and head. An unexpected error in the
+    model's forward is not kept: the next call tries again.
+    """
+    with attachment_of(model).lock:
+        known = _known.get(model)
+        if known is not None and (known[1] is None or known[1].is_current(model)):
+            return known
+        with uncompiled():
+            support, spec, is_final = _examine(model)
+        if is_final:
+            _known[model] = support, spec
+        return support, spec
 
 
-def _examine(model: PreTrainedModel) -> tuple[Support, ModelSpec | None]:
+def _examine(model: PreTrainedModel) -> tuple[Support, ModelSpec | None, bool]:
+    """Support, the parts where it is `full`, and whether another try would find the same."""
     config = model.config
     kind = str(config.model_type)
     num_layers = int(getattr(config.get_text_config(), "num_hidden_layers", 0) or 0)
     if getattr(config, "is_encoder_decoder", False):
         reason = "encoder-decoder models are not supported, decoder-only ones are"
-        return Support("none", reason, kind, num_layers), None
+        return Support("none", reason, kind, num_layers), None, True
     if not model.can_generate():
-        return Support(
-            "none", f"{type(model).__name__} has no language-model head to generate with", kind, 0
-        ), None
+        reason = f"{type(model).__name__} has no language-model head to generate with"
+        return Support("none", reason, kind, 0), None, True
+    is_final = True
     try:
         spec = inspect_model(model)
-        _defers_rightly(model, spec)
+        _check_deferring(model, spec)
     except Unfit as unfit:
         reason = str(unfit)
     except Exception as error:
         reason = f"its forward does not fit the seams ({_in_short(error)})"
+        is_final = False
     else:
         types = spec.layer_types
-        return Support(
-            "full", "every layer keeps keys and values by position", kind, len(types), types
-        ), spec
+        reason = "every layer keeps keys and values by position"
+        return Support("full", reason, kind, len(types), types), spec, True
     level: Level = "decode-only"
     try:
-        _continues_rightly(model)
+        _check_continuing(model)
         reason = f"{reason}; prompts are read whole"
     except Unfit as unfit:
-        level, reason = "none", f"{unfit}; and {reason}"
+        level = "none"
+        reason = f"{unfit}; and {reason}"
     except Exception as error:
-        level, reason = "none", f"it cannot go on from its cache ({_in_short(error)}); and {reason}"
-    return Support(level, reason, kind, num_layers, declared_types(model)), None
+        level = "none"
+        reason = f"it cannot go on from its cache ({_in_short(error)}); and {reason}"
+        is_final = False
+    return Support(level, reason, kind, num_layers, declared_types(model)), None, is_final
 
 
 def _in_short(error: Exception) -> str:
@@ -130,118 +144,102 @@ def _compare(ours: Tensor, plain: Tensor, way: str) -> None:
 # --- deferring ------------------------------------------------------------------------------------
 
 
-def _defers_rightly(model: PreTrainedModel, spec: ModelSpec) -> None:
-    """Three passes, compared with plain: 7 tokens held back half-way, 4 that revive them, 1 alone.
-    Raises Unfit."""
+def _check_deferring(model: PreTrainedModel, spec: ModelSpec) -> None:
+    """Three passes, compared with plain ones: 7 tokens deferred at the middle layer, 4 tokens that
+    revive them, 1 alone. Raises Unfit."""
     token_ids = _token_ids(model)
     store = [LayerKV() for _ in spec.layers]
-    tables: list[GrowableTensor] = []
-    first = _Held(token_ids[:_NUM_FIRST], 0, store, tables, spec)
+    token_args: list[GrowableTensor] = []
+
+    def segment(start: int, end: int, policy: Policy) -> Segment:
+        return Segment(
+            store,
+            token_ids[start:end],
+            range(start, end),
+            range(end - start),
+            spec.device,
+            boundaries=policy.boundary_layers,
+            policy=policy,
+            token_args=token_args,
+        )
+
+    defer = _DeferAll(spec.num_layers // 2)
     with Runner(model, spec).attached() as runner:
-        runner.run([first])
-        second = _Held(
-            token_ids[_NUM_FIRST:-1], _NUM_FIRST, store, tables, spec, to_revive_now=first.held
-        )
-        last = _Held(
-            token_ids[-1:], _NUM_TOKENS - 1, store, tables, spec, to_revive_now=second.held
-        )
-        ours = torch.cat([runner.run([second]), runner.run([last])])
+        runner.run([segment(0, _NUM_FIRST, defer)])
+        revive = _ReviveAll(defer)
+        ours = [runner.run([segment(_NUM_FIRST, _NUM_TOKENS - 1, revive)])]
+        ours.append(runner.run([segment(_NUM_TOKENS - 1, _NUM_TOKENS, Policy())]))
     try:
-        _compare(ours, _plain_logits(model), "through the seams")
+        _compare(torch.cat(ours), _plain_logits(model), "through the seams")
     except Unfit:
         with switched(spec.configs, "eager"):  # sdpa of older transformers ignores soft caps
-            _compare(ours, _plain_logits(model), "through the seams")
+            _compare(torch.cat(ours), _plain_logits(model), "through the seams")
 
 
-class _Held:
-    """A segment that is held back whole at the middle layer, or that brings back one that was."""
+class _DeferAll(Policy):
+    """Defers every row at one layer."""
 
-    def __init__(
-        self,
-        token_ids: Sequence[int],
-        start: int,
-        store: list[LayerKV],
-        tables: list[GrowableTensor],
-        spec: ModelSpec,
-        to_revive_now: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        self.token_ids, self.last = token_ids, start + len(token_ids) - 1
-        self.logits_indices: Sequence[int] = range(len(token_ids))
-        self.tables: list[GrowableTensor] | None = tables
-        self.entering_positions = torch.arange(start, start + len(token_ids), device=spec.device)
-        self.positions, self.entered = (
-            self.entering_positions,
-            torch.arange(len(token_ids), device=spec.device),
+    needs_token_args = True
+
+    def __init__(self, layer: int) -> None:
+        self.boundary_layers = (layer,)
+        self.deferred: Rows | None = None
+
+    def at_boundary(
+        self, layer: int, hidden: Tensor, segment: Segment, batch: Batch
+    ) -> Tensor | None:
+        positions = segment.positions
+        self.deferred = Rows(hidden.clone(), positions, torch.full_like(positions, -1))
+        segment.replace(positions[:0], segment.entered[:0])
+        return hidden[:0]
+
+
+class _ReviveAll(Policy):
+    """Revives what `defer` deferred, after its own rows have run ahead once."""
+
+    needs_token_args = True
+    scores_ahead = True
+
+    def __init__(self, defer: _DeferAll) -> None:
+        self.boundary_layers = defer.boundary_layers
+        self._defer = defer
+
+    def at_boundary(
+        self, layer: int, hidden: Tensor, segment: Segment, batch: Batch
+    ) -> Tensor | None:
+        deferred = self._defer.deferred
+        assert deferred is not None
+        running = Rows(hidden, segment.positions, segment.entered)
+        layers = range(layer, batch.spec.num_layers - 1)
+        ahead = run_ahead(batch, segment, [deferred] * len(layers), running, segment.kv, layers)
+        if not all(bool(seen.weights.isfinite().all()) for seen in ahead):
+            raise Unfit("rows that run ahead get attention weights that are no numbers")
+        segment.replace(
+            torch.cat([deferred.positions, segment.positions]),
+            torch.cat([deferred.entered, segment.entered]),
         )
-        self.held: tuple[Tensor, Tensor] | None = None
-        """Hidden states and positions of rows that were held back."""
-        self._store, self._middle, self._to_revive_now, self._is_first = (
-            store,
-            spec.num_layers // 2,
-            to_revive_now,
-            start == 0,
-        )
-
-    @property
-    def scores_ahead(self) -> bool:
-        return self._to_revive_now is not None
-
-    @property
-    def num_rows(self) -> int:
-        return self.positions.numel()
-
-    def attend(
-        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, heads: Heads
-    ) -> Tensor:
-        kv = self._store[layer]
-        kv.append(keys, values, self.positions)
-        return attend(query, kv, Rows(self.positions, self.last), heads)
-
-    def at_boundary(self, layer: int, hidden: Tensor, pass_: Pass) -> Tensor | None:
-        if layer != self._middle:
-            return None
-        if self._is_first:
-            self.held = (hidden.clone(), self.positions)
-            self.positions, self.entered = self.positions[:0], self.entered[:0]
-            return hidden[:0]
-        if self._to_revive_now is None:
-            return None
-        rows, positions = self._to_revive_now
-        running = FrozenRows(hidden, self.positions, self.entered)
-        waiting = FrozenRows(rows, positions, torch.full_like(positions, -1))
-        layers = range(layer, pass_.spec.num_layers - 1)
-        foreseen = run_ahead(pass_, self, [waiting] * len(layers), running, self._store, layers)
-        if not all(bool(attention.isfinite().all()) for _, attention, _ in foreseen):
-            raise Unfit("rows that run ahead attend to nothing")
-        self.entered = torch.cat([torch.full_like(positions, -1), self.entered])
-        self.positions = torch.cat([positions, self.positions])
-        return torch.cat([rows, hidden])
+        return torch.cat([deferred.hidden, hidden])
 
 
 # --- the model's own cache ------------------------------------------------------------------------
 
 
-def _continues_rightly(model: PreTrainedModel) -> None:
+def _check_continuing(model: PreTrainedModel) -> None:
     """Two turns from the model's own cache, compared with one pass without. Raises Unfit."""
-    token_ids, talk, runner = _token_ids(model), _Talk(), PlainRunner(model)
-    runner.run([_Turn(talk, token_ids[:_NUM_FIRST], 0, model.device)])
-    ours = runner.run([_Turn(talk, token_ids[_NUM_FIRST:], _NUM_FIRST, model.device)])
+    token_ids = _token_ids(model)
+    runner = PlainRunner(model)
+    owner = _Conversation()
+
+    def run(start: int, end: int) -> Tensor:
+        places = range(start, end)
+        rows = range(end - start)
+        turn = Segment([], token_ids[start:end], places, rows, model.device, owner=owner)
+        return runner.run([turn])
+
+    run(0, _NUM_FIRST)
+    ours = run(_NUM_FIRST, _NUM_TOKENS)
     _compare(ours, _plain_logits(model), "from its own cache")
 
 
-class _Talk:
-    """Stands for a session."""
-
-
-class _Turn:
-    """Tokens of one turn, all of which speak."""
-
-    def __init__(
-        self, session: _Talk, token_ids: Sequence[int], start: int, device: torch.device
-    ) -> None:
-        self.session, self.token_ids, self.logits_indices = (
-            session,
-            token_ids,
-            range(len(token_ids)),
-        )
-        self.entering_positions = torch.arange(start, start + len(token_ids), device=device)
+class _Conversation:
+    """Identifies what the model's own cache belongs to."""

@@ -52,17 +52,16 @@ def growing_rope(model: nn.Module) -> Rope | None:
                 continue
             found.append(module)
             keeps_changing |= kind != "longrope"
-            limits.append(
-                _limit(module, name) if kind == "longrope" else int(module.original_max_seq_len)
-            )  # type: ignore[arg-type]
+            limits.append(_limit(module, name, kind))
     return Rope(tuple(found), min(limits), keeps_changing) if found else None
 
 
-def _limit(module: Any, name: str | None) -> int:
-    parameters = (
-        module.config.rope_parameters if name is None else module.config.rope_parameters[name]
-    )
-    limit = parameters.get("original_max_position_embeddings")
+def _limit(module: Any, name: str | None, kind: str) -> int:
+    """The length up to which the tables stay the same."""
+    if kind != "longrope":
+        return int(module.original_max_seq_len)
+    rope = module.config.rope_parameters
+    limit = (rope if name is None else rope[name]).get("original_max_position_embeddings")
     if not isinstance(limit, int):
         raise Unfit("its rotary tables change at a length that its config does not name")
     return limit

@@ -1,16 +1,15 @@
-"""One pass through the model: packed rows in, logits of the rows that speak out.
+"""One pass through the model: packed rows in, logits of the rows that need them out.
 
-The model runs its own forward. We stand at three public seams: the attention function (keys and
-values are ours), a pre-hook on each decoder layer (rows leave and join at boundaries), and a
-pre-hook on the head (only some rows speak). Nothing stays attached outside `with
-runner.attached()`, and outside `runner.run` attention is the model's.
+The model runs its own forward. Three public seams: the attention function (keys and values are
+ours), a pre-hook on each decoder layer (rows leave and join at boundaries), and a pre-hook on the
+output head (only some rows need logits). Nothing stays attached outside `with runner.attached()`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,9 +17,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from lazyahead.errors import LazyAheadError, OutOfMemoryError
-from lazyahead.hf.attention import Heads
+from lazyahead.hf.attach import attachment_of, current
+from lazyahead.hf.attention import AttentionParams
+from lazyahead.hf.batch import Batch
 from lazyahead.hf.model_spec import ModelSpec
-from lazyahead.hf.segment import Pass, Segment
+from lazyahead.hf.segment import Segment
 from lazyahead.hf.trace import switched
 
 ATTENTION = "lazyahead"
@@ -28,148 +29,165 @@ ATTENTION = "lazyahead"
 
 
 class _AllDeferred(Exception):  # noqa: N818 (a way out, no error)
-    """No rows are left in segment: the rest of the model has nothing to do."""
-
-
-_current: ContextVar[Pass | None] = ContextVar("lazyahead_pass", default=None)
+    """No rows are left in flight: the rest of the model has nothing to do."""
 
 
 class Runner:
-    """Owns the seams of one model."""
+    """Runs passes on one model. Any number of runners may share a model, in any threads."""
 
     def __init__(self, model: PreTrainedModel, spec: ModelSpec) -> None:
-        self.model, self.spec = model, spec
-        self.on_layer: Any = None
-        """Called with the layer about to run, for progress; None: nobody asks."""
-        self._depth = 0
-        self._hooks = ExitStack()
+        self.model = model
+        self._spec = spec
+        self._attachment = attachment_of(model)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's parts. Raises LazyAheadError after layers or head were replaced."""
+        if not self._spec.is_current(self.model):
+            raise LazyAheadError(
+                "the model's layers or head were replaced since it was loaded here; "
+                "make a new LLM or accelerate() block for it"
+            )
+        return self._spec
 
     @property
     def num_layers(self) -> int:
-        return self.spec.num_layers
+        return self._spec.num_layers
 
     @property
     def attends_fully(self) -> tuple[bool, ...]:
-        return self.spec.attends_fully
+        return self._spec.attends_fully
 
     @property
     def device(self) -> torch.device:
-        return self.spec.device
+        return self._spec.device
 
     @property
     def single_request_only(self) -> bool:
-        """Rotary tables depend on the longest position in a pass, so requests must not share one,
-        nor be split."""
-        return self.spec.rope is not None
+        """Rotary tables depend on the longest position in a pass, so requests must not share a
+        pass and prompts must not be split."""
+        return self._spec.rope is not None
 
     def may_draft(self, start: int, end: int) -> bool:
-        """Whether drafts up to position `end` leave the tables of the root at `start` as they are
-        without drafts."""
-        return self.spec.rope is None or self.spec.rope.is_steady(start, end)
+        """Whether drafts up to position `end` leave the rotary tables of the root at `start` as
+        they are without drafts."""
+        return self._spec.rope is None or self._spec.rope.is_steady(start, end)
 
     @contextmanager
     def attached(self) -> Iterator[Runner]:
-        """Hooks live in here, also when nested, and are gone after, also after an exception."""
-        if self._depth == 0:
-            self._attach()
-        self._depth += 1
-        try:
+        """Hooks are in place inside, also when blocks nest, and gone after the last one."""
+        spec = self.spec
+        with self._attachment.attached(self.model, spec, lambda stack: _hook_up(stack, spec)):
             yield self
-        finally:
-            self._depth -= 1
-            if self._depth == 0:
-                self._hooks.close()
 
     @torch.no_grad()
-    def run(self, segments: Sequence[Segment]) -> Tensor:
-        """Logits (R, V) of all rows that speak, segments in order. Raises OutOfMemoryError when the
-        device is full."""
-        if self._depth == 0:
+    def run(
+        self, segments: Sequence[Segment], on_layer: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Logits (R, V) of all rows that need them, segments in order.
+
+        `on_layer` receives the index of each layer that begins. Raises OutOfMemoryError when the
+        device is full.
+        """
+        if self._attachment.owner is not self._spec:
             raise LazyAheadError("the model is not attached; run inside `with runner.attached()`")
-        device = self.spec.device
-        ids = [token for segment in segments for token in segment.token_ids]
-        positions = torch.cat([segment.entering_positions for segment in segments])
-        self._speak = self._logits_indices(segments)
-        token = _current.set(Pass(segments, self.spec))
+        batch = Batch(segments, self._spec, on_layer)
+        with self._attachment.lock:
+            return self._forward(batch)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        device = self._spec.device
+        ids = torch.tensor([batch.token_ids], device=device)
+        positions = torch.cat([segment.entering_positions for segment in batch.segments])[None]
+        token = current.set(batch)
         try:
-            with switched(self.spec.configs, ATTENTION), self._as_new():
+            with switched(self._spec.configs, ATTENTION), self._as_new(), uncompiled():
                 output = self.model(
-                    input_ids=torch.tensor([ids], device=device),
-                    position_ids=positions[None],
-                    use_cache=False,
-                    return_dict=True,
+                    input_ids=ids, position_ids=positions, use_cache=False, return_dict=True
                 )
-            logits: Tensor = output.logits[0]
-            return logits
         except _AllDeferred:
             return torch.empty(0, 0, device=device)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
-                f"no memory left on {device} for {len(ids)} rows; shorten the prompt"
+                f"no memory left on {device} for {ids.numel()} rows; shorten the prompt"
             ) from error
         finally:
-            _current.reset(token)
+            current.reset(token)
+        logits: Tensor = output.logits[0]
+        if logits.shape[0] != batch.logits_indices.numel():
+            raise LazyAheadError(
+                f"the model returned logits of {logits.shape[0]} rows where "
+                f"{batch.logits_indices.numel()} were asked for; its output head was replaced"
+            )
+        return logits
 
     def _as_new(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.spec.rope is None else self.spec.rope.as_new()
+        return nullcontext() if self._spec.rope is None else self._spec.rope.as_new()
 
-    def _logits_indices(self, segments: Sequence[Segment]) -> Tensor:
-        rows, offset = [], 0
-        for segment in segments:
-            rows += [offset + row for row in segment.logits_indices]
-            offset += len(segment.token_ids)
-        return torch.tensor(rows, dtype=torch.long, device=self.spec.device)
 
-    def _attach(self) -> None:
-        AttentionInterface.register(ATTENTION, _attention)
-        with ExitStack() as stack:
-            for index, layer in enumerate(self.spec.layers):
-                hook = layer.register_forward_pre_hook(self._enter_layer(index), with_kwargs=True)
-                stack.callback(hook.remove)
-            stack.callback(self.spec.layers[-1].register_forward_hook(self._leave_layers).remove)
-            stack.callback(self.spec.head.register_forward_pre_hook(self._enter_head).remove)
-            self._hooks = stack.pop_all()
+def uncompiled() -> AbstractContextManager[Any]:
+    """Inside, what torch.compile has compiled runs as written, so that hooks are seen."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
-    def _enter_layer(self, index: int) -> Any:
-        plans = self.spec.plans[index]
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            pass_ = _current.get()
-            if pass_ is None or pass_.scratch is not None:
-                return None
-            pass_.layer = index
-            if self.on_layer is not None:
-                self.on_layer(index)
-            hidden = args[0] if args else kwargs["hidden_states"]
-            crossed = pass_.at_boundary(index, hidden)
-            if not pass_.has_changed and not pass_.keeps_tables:
-                return None
-            hidden = hidden if crossed is None else crossed
-            places = tuple(
-                pass_.for_rows(plans.get(place), args[place]) for place in range(1, len(args))
-            )
-            names = {name: pass_.for_rows(plans.get(name), value) for name, value in kwargs.items()}
-            if pass_.scores_ahead:
-                pass_.note_call(index, args, kwargs)
-            if pass_.is_over:
-                raise _AllDeferred
-            return ((hidden, *places), names) if args else ((), {**names, "hidden_states": hidden})
+def _hook_up(stack: ExitStack, spec: ModelSpec) -> None:
+    """Registers the hooks of one model; the stack removes them."""
+    AttentionInterface.register(ATTENTION, _attention)
+    for index, layer in enumerate(spec.layers):
+        hook = layer.register_forward_pre_hook(_enter_layer(index, spec), with_kwargs=True)
+        stack.callback(hook.remove)
+    stack.callback(spec.layers[-1].register_forward_hook(_leave_layers).remove)
+    stack.callback(spec.head.register_forward_pre_hook(_enter_head).remove)
 
-        return hook
 
-    def _leave_layers(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Back to the rows that entered, so that what follows the layers finds the shape it knows."""
-        pass_ = _current.get()
-        if pass_ is None or not pass_.has_changed or pass_.scratch is not None:
+def _enter_layer(index: int, spec: ModelSpec) -> Any:
+    specs = spec.arg_specs[index]
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        batch = current.get()
+        if batch is None or batch.scratch is not None:
             return None
-        if isinstance(output, tuple):
-            return pass_.restore(output[0]), *output[1:]
-        return pass_.restore(output)
-
-    def _enter_head(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        if _current.get() is None:
+        batch.layer = index
+        if batch.on_layer is not None:
+            batch.on_layer(index)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        changed = batch.at_boundary(index, hidden)
+        if not batch.has_changed and not batch.keeps_token_args:
             return None
-        return (args[0].index_select(1, self._speak), *args[1:])
+        hidden = hidden if changed is None else changed
+        placed = tuple(
+            batch.args_for_rows(specs.get(place), args[place]) for place in range(1, len(args))
+        )
+        named = {
+            name: batch.args_for_rows(specs.get(name), value) for name, value in kwargs.items()
+        }
+        if batch.scores_ahead:
+            batch.note_call(index, args, kwargs)
+        if batch.is_over:
+            raise _AllDeferred
+        return ((hidden, *placed), named) if args else ((), {**named, "hidden_states": hidden})
+
+    return hook
+
+
+def _leave_layers(module: nn.Module, args: Any, output: Any) -> Any:
+    """Restores the rows that entered, so that what follows the layers finds its shape."""
+    batch = current.get()
+    if batch is None or not batch.has_changed or batch.scratch is not None:
+        return None
+    if isinstance(output, tuple):
+        return batch.restore(output[0]), *output[1:]
+    return batch.restore(output)
+
+
+def _enter_head(module: nn.Module, args: tuple[Any, ...]) -> Any:
+    batch = current.get()
+    if batch is None:
+        return None
+    return (args[0].index_select(1, batch.logits_indices), *args[1:])
 
 
 def _attention(
@@ -183,43 +201,42 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Query (1, H, T, D), new keys and values (1, H_kv, T, D) -> (1, T, H, D_v), each segment over
     its own keys."""
-    pass_ = _current.get()
-    if pass_ is None:
+    batch = current.get()
+    if batch is None:
         raise LazyAheadError(
             "lazyahead attention was called outside a pass; call the model without it"
         )
-    heads = Heads(
+    params = AttentionParams(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=pass_.spec.windows[pass_.layer],
-        chunk=pass_.spec.chunks[pass_.layer],
+        window=batch.spec.windows[batch.layer],
+        chunk=batch.spec.chunks[batch.layer],
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )
-    if pass_.scratch is not None:
-        return pass_.scratch.attend(query, key, value, heads).transpose(1, 2).contiguous(), None
-    if pass_.is_empty:
+    if batch.scratch is not None:
+        output = batch.scratch.attend(query, key, value, params)
+        return output.transpose(1, 2).contiguous(), None
+    if batch.is_empty:
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
     if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):
-        query = _retuned(
-            module, query, torch.cat([segment.positions for segment in pass_.segments])
-        )
-    outputs, start = [], 0
-    for segment in pass_.segments:
+        positions = torch.cat([segment.positions for segment in batch.segments])
+        query = _retuned(module, query, positions)
+    outputs = []
+    start = 0
+    for segment in batch.segments:
+        if not segment.num_rows:
+            continue
         rows = slice(start, start + segment.num_rows)
         start += segment.num_rows
-        if segment.num_rows:
-            outputs.append(
-                segment.attend(
-                    pass_.layer, query[:, :, rows], key[:, :, rows], value[:, :, rows], heads
-                )
-            )
+        parts = (query[:, :, rows], key[:, :, rows], value[:, :, rows])
+        outputs.append(segment.attend(batch.layer, *parts, params))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return output.transpose(1, 2).contiguous(), None
 
 
 def _retuned(module: Any, query: Tensor, positions: Tensor) -> Tensor:
-    """llama4 scales queries of its layers without rotary positions by place in the pass; we mean
-    place in the text."""
+    """Llama 4 scales queries of its layers without rotary positions by their place in the pass;
+    here it is their position in the text that counts."""
     in_pass = torch.arange(positions.numel(), device=positions.device)
     applied, meant = (
         torch.log1p(torch.floor((places.float() + 1.0) / module.floor_scale)) * module.attn_scale

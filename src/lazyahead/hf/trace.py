@@ -26,7 +26,7 @@ class Unfit(Exception):  # noqa: N818 (a verdict)
     """Why tokens of a model cannot be deferred, as half a sentence. Stays inside `hf`."""
 
 
-class Mask:
+class MaskRule:
     """Stands for an attention mask on its way through the model: the rule behind it, never its
     values."""
 
@@ -34,11 +34,11 @@ class Mask:
         self.rule = rule
         """(batch, head, query positions, key positions) -> which keys are seen."""
 
-    def __getitem__(self, index: Any) -> Mask:
+    def __getitem__(self, index: Any) -> MaskRule:
         return self
 
 
-class Call(NamedTuple):
+class AttentionCall(NamedTuple):
     """One call of the attention function."""
 
     module: nn.Module
@@ -49,31 +49,31 @@ class Call(NamedTuple):
     extras: dict[str, Any]
 
 
-class Entry(NamedTuple):
+class LayerCall(NamedTuple):
     """One call of a member of a module list."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
-class Look(NamedTuple):
+class Trace(NamedTuple):
     """What happened while `num_tokens` tokens ran through."""
 
     num_tokens: int
-    calls: list[Call]
-    entries: dict[nn.Module, Entry]
+    calls: list[AttentionCall]
+    entries: dict[nn.Module, LayerCall]
     """Of the members of all module lists, those that ran."""
 
 
-_notes: ContextVar[list[Call] | None] = ContextVar("lazyahead_notes", default=None)
+_notes: ContextVar[list[AttentionCall] | None] = ContextVar("lazyahead_notes", default=None)
 
 
 @torch.no_grad()
-def look(model: PreTrainedModel, num_tokens: int) -> Look:
+def trace(model: PreTrainedModel, num_tokens: int) -> Trace:
     """Runs the model on `num_tokens` tokens. Its own attention and hooks are as before afterwards."""
     AttentionInterface.register(_NAME, _note)
     AttentionMaskInterface.register(_NAME, _mask)
-    seen = Look(num_tokens, [], {})
+    seen = Trace(num_tokens, [], {})
     device = model.get_input_embeddings().weight.device
     token = _notes.set(seen.calls)
     with ExitStack() as stack:
@@ -124,15 +124,15 @@ def switched(configs: Sequence[PretrainedConfig], name: str) -> Iterator[None]:
             config._attn_implementation_internal = own
 
 
-def _taker(seen: Look) -> Any:
+def _taker(seen: Trace) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.entries.setdefault(module, Entry(args, dict(kwargs)))
+        seen.entries.setdefault(module, LayerCall(args, dict(kwargs)))
 
     return hook
 
 
-def _mask(mask_function: Any = None, **kwargs: Any) -> Mask:
-    return Mask(mask_function)
+def _mask(mask_function: Any = None, **kwargs: Any) -> MaskRule:
+    return MaskRule(mask_function)
 
 
 def _note(
@@ -141,5 +141,5 @@ def _note(
     calls = _notes.get()
     if calls is None:
         raise LazyAheadError("lazyahead's notes are taken by its own probe only")
-    calls.append(Call(module, query, key, value, attention_mask, kwargs))
+    calls.append(AttentionCall(module, query, key, value, attention_mask, kwargs))
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None

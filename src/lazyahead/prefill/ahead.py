@@ -1,4 +1,4 @@
-"""What rows will attend to in layers that a waiting token has not reached."""
+"""Scores from layers above a boundary: the last rows run ahead of the rest of the prompt."""
 
 from __future__ import annotations
 
@@ -9,79 +9,77 @@ from torch import Tensor
 
 from lazyahead.cache.session import Session
 from lazyahead.cache.stash import Stash
-from lazyahead.hf.ahead import FrozenRows, run_ahead
+from lazyahead.hf.ahead import run_ahead
 from lazyahead.hf.attention import NUM_SINKS
-from lazyahead.hf.segment import Pass, Segment
+from lazyahead.hf.batch import Batch
+from lazyahead.hf.segment import Rows, Segment
+from lazyahead.prefill.boundary import Below
 from lazyahead.prefill.score import AheadRange, Scorer
 
-_NUM_NEAR = 256
+_NUM_RECENT = 256
+"""Tokens before the running rows that they attend to in layers which are not scored."""
 
 
 class AheadScores(NamedTuple):
-    """What was seen ahead of a boundary, about the N tokens below it."""
+    """What rows that ran ahead of a boundary attended to, over the N tokens below it."""
 
-    peaks: Tensor
-    """(Q, N) attention of the last rows: mean over heads, strongest over layers; 0 for tokens
-    already cached there."""
-    places: Tensor
-    """(N,) of each token its place among `keys`, or -1."""
+    attention: Tensor
+    """(Q, N) of the last rows: mean over heads, maximum over layers; 0 for tokens cached there."""
+    key_rows: Tensor
+    """(N,) each token's row in `keys`, or -1."""
     keys: dict[int, Tensor]
-    """By layer (1, H_kv, M, D), as the tokens stand at the boundary."""
+    """Layer -> (1, H_kv, M, D), made from the hidden states at the boundary."""
 
-    def tell(self, stash: Stash) -> None:
-        """The stash learns the keys that its entries would have."""
+    def store(self, stash: Stash) -> None:
+        """Gives the stash the approximate keys of its entries."""
         if len(stash):
-            entries = self.places[stash.slots].clamp(min=0)
+            entries = self.key_rows[stash.slots].clamp(min=0)
             stash.keys = {layer: keys.index_select(2, entries) for layer, keys in self.keys.items()}
 
 
 def score_ahead(
-    pass_: Pass,
+    batch: Batch,
     segment: Segment,
     session: Session,
     scorer: Scorer,
     layer: int,
-    rows: FrozenRows,
-    below: tuple[int, Tensor],
+    rows: Rows,
+    below: Below,
 ) -> AheadScores:
-    """Lets the last rows run from the boundary at `layer` on to the scorer's depth.
+    """Lets the last rows run from the boundary at `layer` to the scorer's depth.
 
-    `rows` are those in segment; `below` is N and the rows' slots among them. Tokens in segment and
-    tokens that wait at the boundary are seen as they stand there, those that the deeper layers have
-    cached as they are.
+    Tokens in flight and tokens stashed at the boundary count as they are there; tokens that the
+    deeper layers have cached count as cached.
     """
-    num_below, slots = below
-    num_still = max(0, rows.positions.numel() - scorer.window_size)
-    still, running = rows.slice(slice(num_still)), rows.slice(slice(num_still, None))
+    num_frozen = max(0, rows.positions.numel() - scorer.window_size)
+    frozen = rows.slice(slice(num_frozen))
+    running = rows.slice(slice(num_frozen, None))
+    slots = below.row_slots
     stash = session.stashes[layer]
     if len(stash):
         live = stash.live
-        waiting = FrozenRows(stash.hidden[live], stash.positions[live], torch.full_like(live, -1))
-        still = FrozenRows(*map(torch.cat, zip(waiting, still, strict=True)))
+        stashed = Rows(stash.hidden[live], stash.positions[live], torch.full_like(live, -1))
+        frozen = Rows(*map(torch.cat, zip(stashed, frozen, strict=True)))
         slots = torch.cat([stash.slots[live], slots])
-    places = torch.full((num_below,), -1, device=slots.device)
-    places[slots] = torch.arange(slots.numel(), device=slots.device)
-    peaks = rows.hidden.new_zeros(running.positions.numel(), num_below, dtype=torch.float32)
+    num_below = below.positions.numel()
+    key_rows = torch.full((num_below,), -1, device=slots.device)
+    key_rows[slots] = torch.arange(slots.numel(), device=slots.device)
+    num_running = running.positions.numel()
+    attention = rows.hidden.new_zeros(num_running, num_below, dtype=torch.float32)
     keys: dict[int, Tensor] = {}
-    near = _local(still, int(running.positions[0]))
-    layers = range(
-        layer, min(round(AheadRange.of(scorer).stop * session.num_layers), session.num_layers - 1)
-    )
-    score_from_depth = round(AheadRange.of(scorer).start * session.num_layers)
-    stands = [still if deeper >= score_from_depth else near for deeper in layers]
-    for deeper, attention, made in run_ahead(pass_, segment, stands, running, session.kv, layers):
-        if deeper < score_from_depth:
+    recent = _recent(frozen, int(running.positions[0]))
+    scored = AheadRange.of(scorer).layers(session.num_layers)
+    layers = range(layer, scored.stop)
+    stands = [frozen if deeper >= scored.start else recent for deeper in layers]
+    for seen in run_ahead(batch, segment, stands, running, session.kv, layers):
+        if seen.layer < scored.start:
             continue
-        peak = attention.mean(0)[
-            :, -slots.numel() :
-        ]  # cached tokens come first and need no choosing
-        peaks[:, slots] = torch.maximum(peaks[:, slots], peak)
-        keys[deeper] = made[:, :, -slots.numel() :]
-    return AheadScores(peaks, places, keys)
+        weights = seen.weights[:, -slots.numel() :]  # cached tokens come first
+        attention[:, slots] = torch.maximum(attention[:, slots], weights)
+        keys[seen.layer] = seen.keys[:, :, -slots.numel() :]
+    return AheadScores(attention, key_rows, keys)
 
 
-def _local(still: FrozenRows, first: int) -> FrozenRows:
-    """Of the tokens that stand still those that a row from position `first` on needs to know what
-    it says: some before it, and the first few, which every row pays something for nothing."""
-    near = (still.positions >= first - _NUM_NEAR) | (still.positions < NUM_SINKS)
-    return FrozenRows(*(field[near] for field in still))
+def _recent(frozen: Rows, first: int) -> Rows:
+    """The tokens shortly before position `first`, and the first few of the text."""
+    return frozen.where((frozen.positions >= first - _NUM_RECENT) | (frozen.positions < NUM_SINKS))

@@ -53,10 +53,10 @@ class LazyPrefill:
     what waits around it (`reach` of the scorer); four times as many where the pass is repeated
     for it."""
     recall_below_prob: float = 0.999
-    """Demand, with a scorer that runs ahead: what a running token looks at further up than it waits
+    """Demand, with a scorer that runs ahead: what a running token traces at further up than it waits
     is called back only where the likeliest next token is less probable than this."""
     local_window: int = 512
-    """Before the first cut, and before the depth from which the scorer looks far
+    """Before the first cut, and before the depth from which the scorer traces far
     (`score_from_depth`), a token attends to so many before it and to the first few; only the
     last ones of the prompt attend to all. 0: every token does."""
     protect_first: int = 4

@@ -1,331 +1,324 @@
-"""The boundary: where rows in segment and the stash meet, are scored, and go on or wait.
-
-One operation serves prefill, decoding and the next turn (LazyLLM, sections 3.1 and 3.2):
-
-    rows in segment + stash  --score-->  which tokens matter  --select-->  rows that go on / rows
-    stashed
-"""
+"""The two policies: which prompt tokens go on while a prompt is computed, and which stashed tokens
+are revived while an answer is decoded (LazyLLM, arXiv 2407.14057)."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from lazyahead.cache.session import Session
 from lazyahead.cache.stash import Stash
-from lazyahead.hf.ahead import FrozenRows
-from lazyahead.hf.attention import Heads, More, Rows, attend, attention_of
-from lazyahead.hf.segment import Pass
-from lazyahead.prefill.ahead import score_ahead
-from lazyahead.prefill.progress import Reading, chunk_len
-from lazyahead.prefill.schedule import Boundary
-from lazyahead.prefill.score import reach_of
-from lazyahead.prefill.segment import InFlight, StashAttention
-from lazyahead.prefill.select import best, demanded, quoted
+from lazyahead.hf.attention import ExtraKeys, LocalWindow
+from lazyahead.hf.batch import Batch
+from lazyahead.hf.segment import Rows, Segment
+from lazyahead.prefill.ahead import AheadScores, score_ahead
+from lazyahead.prefill.boundary import Below, BoundaryPolicy, defer_all, entries_of
+from lazyahead.prefill.config import LazyPrefill
+from lazyahead.prefill.progress import PrefillProgress, chunk_len
+from lazyahead.prefill.recall import Recall
+from lazyahead.prefill.schedule import Boundary, num_local_layers
+from lazyahead.prefill.score import AheadRange, reach_of
+from lazyahead.prefill.select import best, best_with_neighbours, demanded
 
 _PER_TOKEN = 8
-"""Tokens that a later turn brings back at most for each of its own."""
+"""Stashed tokens that a later turn revives at most for each token of its own."""
 
 
-class Segment(InFlight):
-    """Rows on their way through the layers, at each boundary among those that wait there."""
+class PrefillPolicy(BoundaryPolicy):
+    """Selects prompt tokens at each boundary, once the last token of the prompt is in flight.
 
-    def attend(
-        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, heads: Heads
-    ) -> Tensor:
-        """Caches the rows' keys and values (1, H_kv, T, D), answers (1, H, T, D_v); scores for the
-        boundary below."""
-        if self._is_blank:
-            return query.new_zeros(1, query.shape[1], query.shape[2], values.shape[-1])
-        kv = self.session.kv[layer]
-        kv.append(keys, values, self.positions)
-        ancestors, near = (
-            self._ancestors if self.num_drafts else None,
-            self._local if layer < self._num_local else None,
-        )
-        rows = Rows(self.positions, self.last, ancestors, self._masks, near)
-        if self._asks_at(layer + 1):
-            num_queries = min(self._num_queries, self.num_rows)
-            self._scores = self._score(
-                attention_of(query[:, :, -num_queries:], kv, rows, heads), kv.positions
-            )
-        for boundary in self._foretold.get(layer, ()):
-            self._foretell(boundary, layer, query, rows, heads)
-        return attend(query, kv, rows, heads)
+    `limit` bounds the rows of a pass; more selected rows than that are stashed and continued in
+    chunks.
+    """
 
-    def at_boundary(self, layer: int, hidden: Tensor, pass_: Pass) -> Tensor | None:
-        """Rows (T, d) at the entry to `layer` -> those that go on, by position; None when nothing
-        changes."""
-        boundary = self.session.boundaries.get(layer)
-        if boundary is not None:
-            self._masks = {}
-        if boundary is None or not self._selective or self.config is None:
-            return None
-        stash = self.session.stashes[layer]
-        if self.reading is not None and self.reading.stage == layer:
-            return self._carry_on(stash, self.reading)
-        is_silent = (
-            self._is_blank
-            or not self.num_rows
-            or (self.reading is None and not self._asks_at(layer))
-        )
-        if is_silent or self._nobody_asks(stash):
-            return None
-        positions, row_slots = self._below(layer)
-        if not self.has_last:
-            self._defer(stash, hidden, torch.ones_like(row_slots, dtype=torch.bool), row_slots)
-            return hidden[:0]
-        if self.config.scorer.window_size == 0:
-            self._scores = self.config.scorer(hidden, positions)[None]
-        foreseen = None
-        if self.scores_ahead and (boundary.keep_ratio < 1 or len(stash)):
-            assert self._scores is not None
-            rows, slots = (
-                FrozenRows(hidden, self.positions, self.entered),
-                (len(positions), row_slots),
-            )
-            foreseen = score_ahead(
-                pass_, self, self.session, self.config.scorer, layer, rows, slots
-            )
-            self._scores = torch.maximum(
-                self._scores, self.config.scorer(foreseen.peaks[None], positions)[None]
-            )
-        chosen = self._choose(boundary, stash, positions, row_slots)
-        if self._to_revive_now and layer in self._to_revive_now:
-            chosen[stash.slots[self._to_revive_now[layer]]] = True
-        if (
-            self.reading is not None
-            and self.limit is not None
-            and _count(chosen, row_slots, stash) > self.limit
-        ):
-            going: Tensor | None = self._postpone(
-                layer, stash, hidden, chosen, row_slots, self.reading
-            )
-        else:
-            going = self._regroup(stash, hidden, chosen, row_slots)
-        if foreseen is not None and self.config.revive == "demand":
-            foreseen.tell(stash)
-        return going
+    needs_token_args = True
 
-    # --- score ------------------------------------------------------------------------------------
+    def __init__(
+        self,
+        session: Session,
+        config: LazyPrefill,
+        progress: PrefillProgress,
+        *,
+        has_last: bool,
+        limit: int | None,
+    ) -> None:
+        super().__init__(session, config)
+        self.progress = progress
+        self.limit = limit
+        self.has_last = has_last
+        """Whether the prompt's last token is in flight."""
+        self.is_placeholder = progress.stage is not None
+        """Whether the one row in flight only stands for the rows that are stashed at `stage`."""
+        self.boundary_layers = session.boundaries.keys()
+        self.scores_ahead = AheadRange.of(config.scorer).stop > 0
+        if has_last or self.is_placeholder:
+            num_queries = config.scorer.window_size
+            self.score_queries = {layer - 1: num_queries for layer in session.boundaries}
+        if progress.prunes:
+            self._set_local_window()
+        self._scores: Tensor | None = None
 
     @property
-    def _num_queries(self) -> int:
-        assert self.config is not None
-        return (
-            1 + self.num_drafts if self.reading is None else max(1, self.config.scorer.window_size)
-        )
+    def first_new_position(self) -> int:
+        return self.progress.start
 
-    def _asks_at(self, layer: int) -> bool:
-        """Whether scores are needed at the entry to `layer`."""
-        if not self._selective or layer not in self.session.boundaries or not self.has_last:
-            return False
-        if self.reading is not None:
-            return self.config is not None and self.config.scorer.window_size > 0
-        return len(self.session.stashes[layer]) > 0 or self._num_revived > 0
+    def observe(self, layer: int, weights: Tensor) -> None:
+        """Scores the N tokens of `layer` by the weights (Q, N) of the last rows."""
+        if self.has_last:
+            self._scores = self.config.scorer(weights, self.session.kv[layer].positions)
 
-    def _nobody_asks(self, stash: Stash) -> bool:
-        """The common case of a decoding step, seen at one glance: no row pays any stashed token
-        enough."""
-        if self.reading is not None or self._num_revived or self._to_revive_now:
-            return False
-        if self.config is None or self.config.revive != "demand":
-            return False
-        assert self._scores is not None
-        return not bool(
-            ((self._scores[:, stash.slots] > self.config.revive_threshold) & stash.is_live).any()
-        )
+    def at_boundary(
+        self, layer: int, hidden: Tensor, segment: Segment, batch: Batch
+    ) -> Tensor | None:
+        stash = self.session.stashes[layer]
+        if self.progress.stage == layer:
+            return self._continue_chunk(stash, segment)
+        if self.is_placeholder or not segment.num_rows:
+            return None
+        below = self.below(layer, segment)
+        if not self.has_last:
+            return defer_all(stash, hidden, segment, below.row_slots)
+        boundary = self.session.boundaries[layer]
+        ahead = self._score(boundary, stash, hidden, segment, below, batch)
+        chosen = self._select(boundary, stash, segment, below)
+        if self.limit is not None and _count(chosen, below.row_slots, stash) > self.limit:
+            rows: Tensor | None = self._postpone(layer, stash, hidden, segment, below, chosen)
+        else:
+            rows = self.regroup(stash, hidden, segment, below, chosen)
+        if ahead is not None and self.config.revive == "demand":
+            ahead.store(stash)
+        return rows
 
-    def _score(self, attention: Tensor, positions: Tensor) -> Tensor:
-        """Attention (H, Q, N) -> scores: (1, N) for a prompt; in decoding (Q, N) for the root and
-        each draft, by the paper's rule eq. 1, on demand what the head that pays most does."""
-        assert self.config is not None
-        if self.reading is None:
-            return attention.mean(0) if self.config.revive == "percentile" else attention.amax(0)
-        return self.config.scorer(attention, positions)[None]
+    def _set_local_window(self) -> None:
+        """Rows before the last ones attend to a window only, in layers below the first cut."""
+        config = self.config
+        placed = list(self.session.boundaries.values())
+        start = AheadRange.of(config.scorer).start
+        num_layers = num_local_layers(placed, self.session.num_layers, start)
+        if config.local_window and num_layers:
+            until = self.progress.end - max(config.protect_last, config.scorer.window_size)
+            self.local = LocalWindow(config.local_window, until)
+            self.num_local_layers = num_layers
 
-    def _foretell(self, boundary: int, layer: int, query: Tensor, rows: Rows, heads: Heads) -> None:
-        """What root and drafts pay at `layer` to tokens that wait at `boundary`, by the keys they
-        would have here."""
-        if self._to_revive_now and not self.num_drafts:
-            return  # the root has been asked, and nobody else is here
-        assert self.config is not None
-        config, stash, kv = self.config, self.session.stashes[boundary], self.session.kv[layer]
-        asking = query[:, :, -min(self._num_queries, self.num_rows) :]
-        keys = stash.keys[layer]
-        waiting = More(keys, stash.is_live[: keys.shape[2]])
-        paid = attention_of(asking, kv, rows, heads, waiting).amax(0)[:, len(kv) :]  # (Q, E)
-        self._stash_attention.append(StashAttention(boundary, paid, paid > config.revive_threshold))
+    # --- score ------------------------------------------------------------------------------
 
-    def _below(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Positions (N,) of all tokens at the layer below, and the slots (T,) of the rows in
-        segment among them."""
-        if layer == 0:
-            return torch.arange(self.last + 1, device=self.positions.device), self.positions
-        positions = self.session.kv[layer - 1].positions
-        return positions, torch.arange(
-            len(positions) - self.num_rows, len(positions), device=positions.device
-        )
+    def _score(
+        self,
+        boundary: Boundary,
+        stash: Stash,
+        hidden: Tensor,
+        segment: Segment,
+        below: Below,
+        batch: Batch,
+    ) -> AheadScores | None:
+        """Sets the scores (N,); also returns what rows saw that ran ahead."""
+        scorer = self.config.scorer
+        if scorer.window_size == 0:
+            nothing = below.positions.new_zeros((0, below.positions.numel()))
+            self._scores = scorer(nothing, below.positions)
+        if not self.scores_ahead or not (boundary.keep_ratio < 1 or len(stash)):
+            return None
+        assert self._scores is not None  # a scorer that runs ahead has a window
+        rows = Rows(hidden, segment.positions, segment.entered)
+        ahead = score_ahead(batch, segment, self.session, scorer, boundary.layer, rows, below)
+        self._scores = torch.maximum(self._scores, scorer(ahead.attention, below.positions))
+        return ahead
 
-    # --- select -----------------------------------------------------------------------------------
+    # --- select -----------------------------------------------------------------------------
 
-    def _choose(
-        self, boundary: Boundary, stash: Stash, positions: Tensor, row_slots: Tensor
-    ) -> Tensor:
-        """Which of the N tokens below go on, as a mask; in decoding also which drafts would ask for
-        more."""
-        config, scores = self.config, self._scores
-        assert config is not None
-        assert scores is not None
-        waiting = self._waiting(stash, positions, row_slots)
-        chosen = self._selected(boundary, scores[0], positions, waiting)
-        if self.reading is None and config.revive == "demand":
-            chosen[row_slots[self.entered < 0]] = (
-                True  # what an answer brought back goes on to the end
-            )
-        left = waiting & ~chosen
-        if self.num_drafts and config.revive == "percentile":
-            for draft, row in enumerate(scores[1:]):
-                self.blocked[draft] |= (
-                    self._selected(boundary, row, positions, waiting) & left
-                ).any()
-        elif self.num_drafts and config.revive_limit:
-            self.blocked |= ((scores[1:] > config.revive_threshold) & left).any(-1)
-        return chosen
-
-    def _waiting(self, stash: Stash, positions: Tensor, row_slots: Tensor) -> Tensor:
-        """Tokens (N,) that may come back: stashed ones, and those that came back at an earlier
-        boundary."""
-        waiting = torch.zeros_like(positions, dtype=torch.bool)
-        if len(stash):
-            waiting[stash.slots[stash.live]] = True
-        if self._num_revived:
-            waiting[row_slots[self.entered < 0]] = True
-        return waiting
-
-    def _selected(
-        self, boundary: Boundary, scores: Tensor, positions: Tensor, waiting: Tensor
-    ) -> Tensor:
-        config, reading = self.config, self.reading
-        assert config is not None
-        end = reading.end if reading else self.session.prompt_len
-        ranked_from = 0 if config.revive == "percentile" else (reading.start if reading else end)
-        chosen = torch.zeros_like(waiting)
-        if ranked_from < end:
-            pool = (positions >= ranked_from) & (positions < end)
-            chosen = best(
-                scores,
-                pool,
-                self._protected(positions, end),
-                boundary.keep_count(end - ranked_from),
-            )
+    def _select(self, boundary: Boundary, stash: Stash, segment: Segment, below: Below) -> Tensor:
+        """(N,) which tokens go on."""
+        config = self.config
+        progress = self.progress
+        scores = self._scores
+        assert scores is not None  # the last rows have passed the layer below
+        ranked_from = 0 if config.revive == "percentile" else progress.start
+        pool = (below.positions >= ranked_from) & (below.positions < progress.end)
+        count = boundary.keep_count(progress.end - ranked_from)
+        chosen = best(scores, pool, self._protected(below.positions), count)
         if config.revive == "demand" and ranked_from > 0:
-            older = waiting & (positions < ranked_from)
-            if reading is None:
-                hits = older & (scores > config.revive_threshold)
-                hits = quoted(
-                    scores, hits, positions, waiting, config.revive_limit, reach_of(config.scorer)
-                )
-            else:
-                most = min(config.revive_limit, _PER_TOKEN) * (end - reading.start)
-                hits = demanded(scores, older, 0.0, min(most, boundary.keep_count(reading.start)))
-            chosen |= hits
+            older = self.may_revive(stash, segment, below) & (below.positions < ranked_from)
+            most = min(config.revive_limit, _PER_TOKEN) * (progress.end - progress.start)
+            limit = min(most, boundary.keep_count(progress.start))
+            chosen |= demanded(scores, older, 0.0, limit)
         return chosen
 
-    def _protected(self, positions: Tensor, end: int) -> Tensor:
-        config, reading = self.config, self.reading
-        assert config is not None
-        protected = (positions < config.protect_first) | (positions >= end - config.protect_last)
-        if reading is None:
-            return protected
-        protected |= positions == end - 1  # the row that asks
-        if not reading.prunes:
-            protected |= positions >= reading.start
-        if reading.question is not None and config.protect_question:
-            protected |= (positions >= reading.question[0]) & (positions < reading.question[1])
+    def _protected(self, positions: Tensor) -> Tensor:
+        """(N,) which tokens always go on."""
+        config = self.config
+        progress = self.progress
+        protected = (positions < config.protect_first) | (positions == progress.end - 1)
+        protected |= positions >= progress.end - config.protect_last
+        if not progress.prunes:
+            protected |= positions >= progress.start
+        if progress.question is not None and config.protect_question:
+            start, end = progress.question
+            protected |= (positions >= start) & (positions < end)
         return protected
 
-    # --- stash and revive -------------------------------------------------------------------------
-
-    def _regroup(
-        self, stash: Stash, hidden: Tensor, chosen: Tensor, row_slots: Tensor
-    ) -> Tensor | None:
-        """Rows not chosen wait, chosen ones that wait come back; the others fly on, by position."""
-        stays = chosen[row_slots]
-        if self.reading is None:
-            stays = stays | (self.entered >= 0)  # the running answer and its drafts never wait
-        live = stash.live
-        returning = live[chosen[stash.slots[live]]] if len(stash) else live
-        num_staying = int(stays.sum())
-        if num_staying == self.num_rows and not returning.numel():
-            return None
-        if num_staying < self.num_rows:
-            self._defer(stash, hidden, ~stays, row_slots)
-            hidden = hidden[stays]
-            self.positions, self.entered = self.positions[stays], self.entered[stays]
-        if returning.numel():
-            hidden = self._revive(stash, returning, hidden)
-        self._num_revived = int((self.entered < 0).sum())
-        return hidden
-
-    def _revive(self, stash: Stash, entries: Tensor, hidden: Tensor) -> Tensor:
-        rows, positions = stash.take(entries)
-        fresh_from = self.reading.start if self.reading else self.session.prompt_len
-        self.session.num_revived += int((positions < fresh_from).sum())
-        head = self.num_rows - self.num_drafts  # drafts stay last, in their own order
-        self.positions = torch.cat([positions, self.positions])
-        self.entered = torch.cat([torch.full_like(positions, -1), self.entered])
-        hidden = torch.cat([rows, hidden])
-        order = torch.arange(self.num_rows, device=positions.device)
-        order[: entries.numel() + head] = self.positions[: entries.numel() + head].argsort(
-            stable=True
-        )
-        self.positions, self.entered = self.positions[order], self.entered[order]
-        return hidden[order]
-
-    def _defer(self, stash: Stash, hidden: Tensor, which: Tensor, row_slots: Tensor) -> None:
-        stash.add(hidden[which], self.positions[which], row_slots[which])
-        if bool(which.all()):
-            self.positions, self.entered = self.positions[:0], self.entered[:0]
-
-    # --- reading in parts -------------------------------------------------------------------------
+    # --- chunks -----------------------------------------------------------------------------
 
     def _postpone(
         self,
         layer: int,
         stash: Stash,
         hidden: Tensor,
+        segment: Segment,
+        below: Below,
         chosen: Tensor,
-        row_slots: Tensor,
-        reading: Reading,
     ) -> Tensor:
-        """Too many chosen for this pass: all wait here, the chosen are carried on from the next
-        pass on."""
-        self._defer(stash, hidden, torch.ones_like(row_slots, dtype=torch.bool), row_slots)
-        live = stash.live
-        wanted = live[chosen[stash.slots[live]]]
-        reading.stage, reading.wanted = layer, wanted[stash.positions[wanted].argsort()]
-        return hidden[:0]
+        """Too many selected for this pass: all are stashed, the selected continue in later ones."""
+        rows = defer_all(stash, hidden, segment, below.row_slots)
+        selected = entries_of(stash, chosen)
+        self.progress.stage = layer
+        self.progress.selected = selected[stash.positions[selected].argsort()]
+        return rows
 
-    def _carry_on(self, stash: Stash, reading: Reading) -> Tensor:
-        """The next part of those chosen at this boundary replaces the row that kept their place."""
-        assert reading.wanted is not None
-        assert self.config is not None
-        part = reading.wanted[
-            : chunk_len(len(reading.wanted), self.limit, self.config.scorer.window_size)
-        ]
-        reading.wanted = reading.wanted[part.numel() :]
-        hidden, self.positions = stash.take(part)
-        self.session.num_revived += int((self.positions < reading.start).sum())
-        self.entered = torch.full_like(self.positions, -1)
-        self._is_blank, self.has_last = False, not reading.wanted.numel()
+    def _continue_chunk(self, stash: Stash, segment: Segment) -> Tensor:
+        """The next selected rows take the place of the placeholder."""
+        progress = self.progress
+        assert progress.selected is not None  # set together with the stage
+        num = chunk_len(len(progress.selected), self.limit, self.config.scorer.window_size)
+        chunk = progress.selected[:num]
+        progress.selected = progress.selected[num:]
+        hidden, positions = stash.take(chunk)
+        self.session.num_revived += int((positions < progress.start).sum())
+        entered = torch.full_like(positions, -1)
+        self.is_placeholder = False
+        self.has_last = not progress.selected.numel()
         if self.has_last:
-            reading.stage = None
-            self.entered[-1] = 0  # the prompt's last token takes the place it logits_indices from
+            progress.stage = None
+            entered[-1] = 0  # the prompt's last token, whose logits are needed
+        segment.replace(positions, entered)
         return hidden
 
 
+class DecodePolicy(BoundaryPolicy):
+    """Revives stashed tokens that the root row of a step attends to.
+
+    `to_revive` are stash entries, by boundary, that an earlier try of this step found it needs.
+    A draft row that needs a stashed token cannot have it: `blocked` marks it, so that it is not
+    verified and becomes the next root.
+    """
+
+    needs_token_args = True
+
+    def __init__(
+        self,
+        session: Session,
+        config: LazyPrefill,
+        *,
+        num_drafts: int,
+        to_revive: Mapping[int, Tensor],
+    ) -> None:
+        super().__init__(session, config)
+        self.num_drafts = num_drafts
+        self._to_revive_now = to_revive
+        stashed = [layer for layer, stash in session.stashes.items() if len(stash)]
+        first = min(stashed)
+        self.boundary_layers = [layer for layer in session.boundaries if layer >= first]
+        self.score_queries = {layer - 1: 1 + num_drafts for layer in self.boundary_layers}
+        self.head_reduction = "mean" if config.revive == "percentile" else "max"
+        device = session.kv[0].positions.device
+        self.blocked = torch.zeros(num_drafts, dtype=torch.bool, device=device)
+        """(M,) drafts whose own output is not to be used in this pass."""
+        self._recall = Recall(session, config, 1 + num_drafts)
+        if config.revive == "demand" and not (to_revive and not num_drafts):
+            self.stash_keys = _stash_keys(session)
+        self._scores: Tensor | None = None
+
+    def observe(self, layer: int, weights: Tensor) -> None:
+        """Keeps the weights (Q, N) of the root and its drafts."""
+        self._scores = weights
+
+    def observe_stash(self, boundary: int, weights: Tensor) -> None:
+        self._recall.observe(boundary, weights)
+
+    def at_boundary(
+        self, layer: int, hidden: Tensor, segment: Segment, batch: Batch
+    ) -> Tensor | None:
+        stash = self.session.stashes[layer]
+        scores = self._scores
+        assert scores is not None  # root and drafts have passed the layer below
+        if self._needs_nothing(stash, scores):
+            return None
+        below = self.below(layer, segment)
+        chosen = self._select(self.session.boundaries[layer], stash, segment, below, scores)
+        if layer in self._to_revive_now:
+            chosen[stash.slots[self._to_revive_now[layer]]] = True
+        return self.regroup(stash, hidden, segment, below, chosen)
+
+    def stays(self, chosen: Tensor, segment: Segment) -> Tensor:
+        """The running answer and its drafts are never stashed."""
+        return chosen | (segment.entered >= 0)
+
+    def check_recall(self, logits: Tensor) -> Mapping[int, Tensor]:
+        """With the logits (Q, V) of root and drafts: the stash entries that the root needs and did
+        not have, by boundary. Where there are any, this pass is void and is repeated with them."""
+        self._recall.check(logits, root_was_checked=bool(self._to_revive_now))
+        uncertain = self._recall.uncertain
+        uncertain[1:] &= ~self.blocked  # those lack what they would have attended to higher up
+        self.blocked |= uncertain[1:]
+        return self._recall.entries_for(0) if bool(uncertain[0]) else {}
+
+    def to_revive_next(self, draft: int | None) -> Mapping[int, Tensor]:
+        """The entries that the pass with this draft as its root will revive, known already."""
+        if draft is None or not bool(self._recall.uncertain[1 + draft]):
+            return {}
+        return self._recall.entries_for(1 + draft)
+
+    def _needs_nothing(self, stash: Stash, scores: Tensor) -> bool:
+        """The common case: no row attends to any token stashed here above the threshold."""
+        if self.config.revive != "demand" or self.num_revived or self._to_revive_now:
+            return False
+        if not len(stash):
+            return True
+        exceeds = scores[:, stash.slots] > self.config.revive_threshold
+        return not bool((exceeds & stash.is_live).any())
+
+    def _select(
+        self, boundary: Boundary, stash: Stash, segment: Segment, below: Below, scores: Tensor
+    ) -> Tensor:
+        """(N,) which tokens go on; also which drafts would need more than that."""
+        config = self.config
+        candidates = self.may_revive(stash, segment, below)
+        if config.revive == "percentile":
+            chosen = self._percentile(boundary, scores[0], below.positions)
+            for draft, row in enumerate(scores[1:]):
+                wanted = self._percentile(boundary, row, below.positions)
+                self.blocked[draft] |= (wanted & candidates & ~chosen).any()
+            return chosen
+        exceeds = candidates & (scores > config.revive_threshold)  # (Q, N)
+        limit = config.revive_limit
+        reach = reach_of(config.scorer)
+        chosen = best_with_neighbours(
+            scores[0], exceeds[0], below.positions, candidates, limit, reach
+        )
+        chosen[below.row_slots[segment.entered < 0]] = True  # revived rows go on to the end
+        if self.num_drafts and limit:
+            self.blocked |= (exceeds[1:] & ~chosen).any(-1)
+        return chosen
+
+    def _percentile(self, boundary: Boundary, scores: Tensor, positions: Tensor) -> Tensor:
+        """The paper's rule: the best `keep_ratio` of the prompt, selected anew at every step."""
+        config = self.config
+        end = self.session.prompt_len
+        protected = (positions < config.protect_first) | (positions >= end - config.protect_last)
+        return best(scores, positions < end, protected, boundary.keep_count(end))
+
+
+def _stash_keys(session: Session) -> dict[int, Sequence[tuple[int, ExtraKeys]]]:
+    """Layer -> the approximate keys, by boundary, of tokens that are stashed below it."""
+    found: dict[int, list[tuple[int, ExtraKeys]]] = {}
+    for boundary, stash in session.stashes.items():
+        for layer, keys in stash.keys.items() if len(stash) else ():
+            extra = ExtraKeys(keys, stash.is_live[: keys.shape[2]])
+            found.setdefault(layer, []).append((boundary, extra))
+    return dict(found)
+
+
 def _count(chosen: Tensor, row_slots: Tensor, stash: Stash) -> int:
-    """Rows that would go on: of those in segment, and back from the stash."""
-    return int(chosen[row_slots].sum()) + (
-        int(chosen[stash.slots[stash.live]].sum()) if len(stash) else 0
-    )
+    """Rows that would go on: of those in flight, and of those stashed."""
+    return int(chosen[row_slots].sum()) + int(entries_of(stash, chosen).numel())

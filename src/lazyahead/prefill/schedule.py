@@ -30,7 +30,7 @@ def boundaries(
     `attends_fully[l]` says that layer l sees every earlier token. A boundary whose layer below sees
     only a window would be blind beyond it, so it moves down to the next layer whose predecessor
     sees everything, if there is one. Two pairs that land on the same layer become the stricter one.
-    A scorer that looks at no attention may cut at layer 0.
+    A scorer that traces at no attention may cut at layer 0.
     """
     num_layers = len(attends_fully)
     placed: dict[int, float] = {}

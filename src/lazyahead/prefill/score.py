@@ -31,7 +31,8 @@ class Scorer(Protocol):
         """Last rows of the prompt whose attention is scored; 0 for a scorer that reads none."""
 
     def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
-        """Attention (H, Q, N) of the last Q rows and the N tokens' positions to scores (N,)."""
+        """Attention (Q, N) of the last Q rows, mean over heads, and the N tokens' positions, to
+        scores (N,)."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,9 @@ def scorer_name(scorer: Scorer) -> str:
 
 def scorer_to_dict(scorer: Scorer) -> dict[str, Any]:
     """Name and settings. A scorer that is no dataclass is described by its `repr`."""
-    if is_dataclass(scorer):
-        values = {field.name: getattr(scorer, field.name) for field in fields(scorer)}
+    kind: Any = type(scorer)
+    if is_dataclass(kind):
+        values = {field.name: getattr(scorer, field.name) for field in fields(kind)}
         return {"name": scorer_name(scorer), **values}
     return {"name": scorer_name(scorer), "repr": repr(scorer)}
 
@@ -85,7 +87,8 @@ def scorer_from_dict(values: Any) -> Scorer:
             "lazyahead.prefill.score.SCORERS before loading)"
         )
     try:
-        return SCORERS[name](**settings)
+        scorer: Scorer = SCORERS[name](**settings)
+        return scorer
     except TypeError as error:
         raise ConfigError(f"not a setting of the scorer {name!r}: {error}") from None
 
@@ -103,7 +106,7 @@ class LastToken:
             )
 
     def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
-        return attention[:, -1].mean(0)  # (H, 1, N) -> (N,)
+        return attention[-1]  # (1, N) -> (N,)
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ class Window:
         return self.kernel_size // 2
 
     def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
-        scores = attention.mean(0).amax(0)  # (H, Q, N) -> (N,)
+        scores = attention.amax(0)  # (Q, N) -> (N,)
         return max_pool(scores, positions, self.kernel_size)
 
 

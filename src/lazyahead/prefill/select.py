@@ -28,7 +28,7 @@ def demanded(scores: Tensor, waiting: Tensor, threshold: float, limit: int) -> T
     return _first(scores.masked_fill(~hits, -torch.inf), limit)
 
 
-def quoted(
+def best_with_neighbours(
     paid: Tensor, hits: Tensor, positions: Tensor, waiting: Tensor, limit: int, reach: int
 ) -> Tensor:
     """What comes back for one row that pays (N,) and hits (N,): of the `waiting` tokens those

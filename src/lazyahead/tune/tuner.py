@@ -154,7 +154,7 @@ class _Tuning:
         holds_out = len(every) >= ENOUGH_TO_HOLD_OUT
         self._guides: Sequence[int] = every[::2] if holds_out else every
         self._judges: Sequence[int] = every[1::2] if holds_out else ()
-        self._best: dict[tuple[float, float], tuple[LazyPrefill, float]] = {}
+        self._best: dict[AheadRange, tuple[LazyPrefill, float]] = {}
         """Rule and speed-up by FLOPs, for each pair of depths to which scorers run ahead and from
         which they look far: these FLOPs count neither what the one costs nor what the other
         saves."""

@@ -1,0 +1,231 @@
+"""Which requests run, and which rows each of them sends into the next pass."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from lazyahead.draft.budget import Step, choose
+from lazyahead.draft.config import Lookahead
+from lazyahead.draft.tree import Draft
+from lazyahead.draft.watch import WatchedCost
+from lazyahead.engine.checkpoint import Checkpoint
+from lazyahead.engine.request import Request
+from lazyahead.hf.plain_runner import PlainRunner
+from lazyahead.hf.runner import Runner
+from lazyahead.hf.segment import KEEP_ALL, Policy, Segment
+from lazyahead.prefill.config import LazyPrefill
+from lazyahead.prefill.policy import DecodePolicy, PrefillPolicy
+from lazyahead.prefill.progress import chunk_len
+
+
+class Scheduled(NamedTuple):
+    """The rows of one request in the next pass."""
+
+    request: Request
+    segment: Segment
+    checkpoint: Checkpoint
+    is_prefill: bool
+    has_last: bool = True
+    """Whether the prompt's last token takes part: its logits give the first answer token."""
+    continues: bool = False
+    """Whether the rows are stashed tokens of a prompt that has entered before."""
+
+    @property
+    def decode_policy(self) -> DecodePolicy | None:
+        """The policy of a decoding step that may revive tokens."""
+        policy = self.segment.policy
+        return policy if isinstance(policy, DecodePolicy) else None
+
+    def entered_tokens(self, accepted: Sequence[int]) -> list[int]:
+        """Tokens of this pass that the session then holds: all but drafts not `accepted`."""
+        if self.continues:
+            return []
+        token_ids = self.segment.token_ids
+        chain = len(token_ids) - self.segment.num_drafts
+        return [*token_ids[:chain], *(token_ids[chain + node] for node in accepted)]
+
+
+class Scheduler:
+    """Admission, prefill chunks, and the draft budget.
+
+    Beside running answers a prompt is computed in chunks of `prefill_chunk_size` rows, which
+    bounds how long a pass can delay them; alone it is computed in one pass.
+    """
+
+    def __init__(
+        self,
+        runner: Runner | PlainRunner,
+        prefill: LazyPrefill | None,
+        decode: Lookahead | None,
+        row_cost: WatchedCost | None,
+        *,
+        prefill_chunk_size: int,
+        max_running: int,
+    ) -> None:
+        self._runner = runner
+        self._prefill = prefill
+        self._decode = decode
+        self._row_cost = row_cost
+        self._prefill_chunk_size = prefill_chunk_size
+        self._max_running = max_running
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._waiting and not self._running
+
+    def add(self, request: Request) -> None:
+        """Queues a request."""
+        self._waiting.append(request)
+
+    def remove(self, request: Request) -> None:
+        """Takes a request out, running or queued."""
+        if request in self._running:
+            self._running.remove(request)
+        if request in self._waiting:
+            self._waiting.remove(request)
+
+    def is_running(self, request: Request) -> bool:
+        """Whether the request has been admitted and has not ended."""
+        return request in self._running
+
+    def schedule(self) -> list[Scheduled]:
+        """Admits queued requests, then gives each running one its rows: a root and its drafts, or
+        the next chunk of its prompt."""
+        self._admit()
+        decoding = [request for request in self._running if not request.is_prefilling]
+        chunks = self._prefill_chunks(has_company=bool(decoding))
+        self._propose(decoding, sum(len(chunk.segment.token_ids) for chunk in chunks))
+        return [self._decode_rows(request) for request in decoding] + chunks
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self._max_running:
+            request = self._waiting.popleft()
+            request.session.prompt_len = len(request.prompt)
+            self._running.append(request)
+
+    # --- decoding ---------------------------------------------------------------------------
+
+    def _propose(self, decoding: Sequence[Request], num_prefill_rows: int) -> None:
+        """Each request's draft, cut to the nodes that raise expected tokens per second."""
+        decode = self._decode
+        if decode is None or not decoding:
+            return
+        other_rows = num_prefill_rows + sum(request.num_reviving for request in decoding)
+        num_context = sum(len(request.session) for request in decoding) // len(decoding)
+        cost = self._row_cost.cost if self._row_cost is not None else None
+        steps = []
+        if cost is not None:
+            steps.append(Step(cost, len(decoding), other_rows, num_context))
+        for request in decoding:
+            request.proposed = self._proposal(request, decode, steps)
+            request.draft = request.proposed
+        if self._row_cost is not None and any(request.proposed.probs for request in decoding):
+            probs = [request.proposed.probs for request in decoding]
+            counts = choose(probs, self._row_cost.get().at(num_context), other_rows)
+            for request, count in zip(decoding, counts, strict=True):
+                if request.proposed.probs:
+                    request.draft = request.proposed.best(count)
+
+    def _proposal(self, request: Request, decode: Lookahead, steps: Sequence[Step]) -> Draft:
+        room = request.max_new_tokens - len(request.answer) - 1
+        if request.drafts is None or room <= 0:
+            return Draft.EMPTY
+        start = len(request.session)
+        limit = decode.decoding_length
+        if not self._runner.may_draft(start, start + min(room, limit)):
+            return Draft.EMPTY
+        return request.drafts.propose(limit, *steps).within(room)
+
+    def _decode_rows(self, request: Request) -> Scheduled:
+        checkpoint = Checkpoint.take(request)
+        session = request.session
+        draft = request.draft
+        device = self._runner.device
+        ancestors = torch.from_numpy(draft.ancestors).to(device) if len(draft) else None
+        token_ids = [*session.pending, *draft.token_ids]
+        start = len(session)
+        chain = range(start, start + len(session.pending))
+        positions = [*chain, *(chain[-1] + depth for depth in draft.depths)]
+        config = self._prefill
+        policy: Policy = KEEP_ALL
+        if config is not None and config.revive != "never" and session.num_stashed:
+            policy = DecodePolicy(
+                session, config, num_drafts=len(draft), to_revive=request.to_revive
+            )
+        segment = Segment(
+            session.kv,
+            token_ids,
+            positions,
+            range(len(token_ids)),
+            device,
+            ancestors=ancestors,
+            owner=session,
+            boundaries=session.boundaries,
+            policy=policy,
+            token_args=session.token_args if policy.needs_token_args else None,
+        )
+        return Scheduled(request, segment, checkpoint, is_prefill=False)
+
+    # --- prefill ----------------------------------------------------------------------------
+
+    def _prefill_chunks(self, has_company: bool) -> list[Scheduled]:
+        """Prompts, first come first served: whole where nobody is decoding, else in chunks."""
+        limit: int | None = None
+        if has_company and not self._runner.single_request_only:
+            limit = self._prefill_chunk_size
+        chunks = []
+        for request in self._running:
+            if not request.is_prefilling:
+                continue
+            chunk = self._prefill_rows(request, limit)
+            chunks.append(chunk)
+            may_grow = chunk.has_last and request.session.num_stashed > 0
+            if limit is None or chunk.continues or may_grow:
+                break
+            limit -= len(chunk.segment.token_ids)
+            if limit <= 0:
+                break
+        return chunks
+
+    def _prefill_rows(self, request: Request, limit: int | None) -> Scheduled:
+        checkpoint = Checkpoint.take(request)
+        session = request.session
+        progress = request.prefill
+        config = self._prefill
+        continues = progress.stage is not None
+        if continues:  # one placeholder row until the stage is reached
+            token_ids: Sequence[int] = request.prompt[-1:]
+            positions = range(progress.end - 1, progress.end)
+        else:
+            start = len(session)
+            num_queries = max(1, config.scorer.window_size) if config is not None else 1
+            num = chunk_len(progress.end - start, limit, num_queries)
+            token_ids = request.prompt[start : start + num]
+            positions = range(start, start + num)
+        has_last = not continues and positions[-1] == progress.end - 1
+        policy: Policy = KEEP_ALL
+        if config is not None and _selects(request, config):
+            policy = PrefillPolicy(session, config, progress, has_last=has_last, limit=limit)
+        segment = Segment(
+            session.kv,
+            token_ids,
+            positions,
+            [len(token_ids) - 1] if has_last or continues else [],
+            self._runner.device,
+            owner=session,
+            boundaries=session.boundaries,
+            policy=policy,
+            token_args=session.token_args if policy.needs_token_args else None,
+        )
+        return Scheduled(request, segment, checkpoint, True, has_last, continues)
+
+
+def _selects(request: Request, config: LazyPrefill) -> bool:
+    """Whether boundaries select tokens while this prompt is computed."""
+    return request.prefill.prunes or (request.session.num_stashed > 0 and config.revive != "never")
