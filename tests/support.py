@@ -23,8 +23,8 @@ from lazyahead.engine.engine import Engine, Request
 from lazyahead.hf.model_spec import ModelSpec
 from lazyahead.hf.probe import examine
 from lazyahead.hf.runner import Runner
-from lazyahead.prefill.schedule import num_local_layers
-from lazyahead.prefill.score import AheadRange, LastToken, Window
+from lazyahead.prefill.schedule import local_layers
+from lazyahead.prefill.score import LastToken, Window
 from lazyahead.sampling import Picker
 
 torch.set_num_threads(1)  # for models this small a second thread costs more than it brings
@@ -62,7 +62,8 @@ PREFILLS: dict[str, LazyPrefill | None] = {
     "lazy": LAZY,
     "calm": CALM,
     "fast": FAST,
-    "ahead": replace(LAZY, scorer=Window(4, 3, score_to_depth=0.9), revive_threshold=0.2),
+    "mass": replace(LAZY, keep_mass=0.6, scorer=LastToken()),
+    "local": replace(LAZY, local_window=6, local_from=0.25, local_full_rows=5),
     "paper": LazyPrefill.paper(),
     "static_prune": LazyPrefill(((0.25, 0.5),), LastToken(), revive="never", min_tokens=0),
     "random_drop": replace(LazyPrefill.random_drop(), min_tokens=0),
@@ -314,18 +315,15 @@ class ByHand:
         self.near: dict[
             int, int
         ] = {}  # of positions that attend only to so many before them, in the first layers
-        self.num_near_layers = 0
+        self.local_layers = range(0)
         self.num_checked = 0
 
-    def reads_near(self, session: Session, config: LazyPrefill, end: int) -> None:
-        """A turn up to `end` begins, whose first layers look only at what is near."""
+    def uses_local_window(self, session: Session, config: LazyPrefill, end: int) -> None:
+        """A turn up to `end` begins, whose rows attend to a window in the local layers."""
         placed = list(session.boundaries.values())
-        self.num_near_layers = num_local_layers(
-            placed, session.num_layers, AheadRange.of(config.scorer).start
-        )
-        until = (
-            end - max(config.protect_last, config.scorer.window_size) if config.local_window else 0
-        )
+        self.local_layers = local_layers(placed, session.num_layers, config.local_from)
+        num_full = max(config.local_full_rows, config.protect_last, config.scorer.window_size)
+        until = end - num_full if config.local_window else 0
         self.near |= dict.fromkeys(range(len(session), until), config.local_window)
 
     @torch.no_grad()
@@ -356,7 +354,7 @@ class ByHand:
         mask = places[:, None] >= places[None]
         if self.windows[layer]:
             mask &= places[:, None] - places[None] < self.windows[layer]
-        if layer < self.num_near_layers and not self.windows[layer]:
+        if layer in self.local_layers and not self.windows[layer]:
             spans = torch.tensor([self.near.get(position, 10**6) for position in order])
             mask &= (places[:, None] - places[None] < spans[:, None]) | (places < 4)
         bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)[

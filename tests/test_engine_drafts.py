@@ -243,14 +243,3 @@ def test_drafts_that_are_right_never_take_more_passes_than_none(name):
         )
         assert right.answer == bare.answer
         assert right.stats().num_steps <= bare.stats().num_steps
-
-
-def test_a_pass_is_repeated_only_where_its_token_is_in_doubt():
-    steps = []
-    for recall_below_prob in (0.0, 0.5, 1.0):
-        rule = replace(PREFILLS["ahead"], recall_below_prob=recall_below_prob)
-        request = answer("llama", TEXTS[0], rule, num_tokens=30)
-        steps.append(request.stats().num_steps)
-    assert steps[0] == 29
-    assert steps == sorted(steps)
-    assert steps[-1] > 29

@@ -38,7 +38,7 @@ metric_list:
 PROMPT = "The code of the red door is 417. " * 4
 RULE = LazyPrefill(
     ((0.25, 0.3), (0.5, 0.1)),
-    Window(4, 3, score_to_depth=0.6),
+    Window(4, 3),
     protect_first=1,
     protect_last=4,
     min_tokens=16,

@@ -14,41 +14,37 @@ class Stash:
 
     `hidden` (N, d) is what would enter the layer, `positions` (N,) the places in the text, `slots`
     (N,) where their keys stand at the layer below. A revived entry is only marked; `compact` frees
-    the room. `keys`, by deeper layer (1, H_kv, M, D), are those the first M entries would have
-    there if their states stayed as they are; empty: not approx_keys.
+    its memory.
     """
 
     def __init__(self) -> None:
-        self._hidden, self._positions, self._slots, self._live = (
-            GrowableTensor(),
-            GrowableTensor(),
-            GrowableTensor(),
-            GrowableTensor(),
-        )
+        self._hidden = GrowableTensor()
+        self._positions = GrowableTensor()
+        self._slots = GrowableTensor()
+        self._live = GrowableTensor()
         self._num_live = 0
-        self._mark, self._taken = 0, list[Tensor]()
-        self.keys: dict[int, Tensor] = {}
-        self._keys_before = self.keys
+        # What the latest `mark` found, and what was revived since.
+        self._mark = 0
+        self._taken: list[Tensor] = []
 
     def __len__(self) -> int:
-        """Tokens that wait here."""
+        """Stashed tokens that were not revived."""
         return self._num_live
 
     @property
     def nbytes(self) -> int:
-        approx_keys = sum(keys.nbytes for keys in self.keys.values())
-        return self._hidden.nbytes + self._positions.nbytes + self._slots.nbytes + approx_keys
+        return self._hidden.nbytes + self._positions.nbytes + self._slots.nbytes
 
     @property
     def live(self) -> Tensor:
-        """Entries that wait, as indices (rising)."""
+        """Indices (rising) of the entries that were not revived."""
         if not self._num_live:
             return torch.empty(0, dtype=torch.long)
         return self._live.rows.nonzero()[:, 0]
 
     @property
     def is_live(self) -> Tensor:
-        """(E,) of all entries, which ones wait."""
+        """(E,) which of all entries were not revived."""
         return self._live.rows
 
     @property
@@ -72,25 +68,26 @@ class Stash:
         self._num_live += positions.numel()
 
     def take(self, entries: Tensor) -> tuple[Tensor, Tensor]:
-        """Revives live `entries`: their hidden states (T, d) and positions (T,); they no longer
-        wait."""
+        """Revives live `entries`: their hidden states (T, d) and positions (T,); they are no
+        longer live."""
         self._taken.append(entries)
         self._live.rows[entries] = False
         self._num_live -= entries.numel()
         return self.hidden[entries], self.positions[entries]
 
     def mark(self) -> None:
-        """A pass begins, which `rollback` undoes."""
-        self._mark, self._taken, self._keys_before = len(self._live), [], self.keys
+        """A pass begins, which `rollback` can undo."""
+        self._mark = len(self._live)
+        self._taken = []
 
     def rollback(self) -> None:
-        """As at the latest `mark`: what came since leaves, what was taken since waits again."""
+        """As at the latest `mark`: later entries are dropped, revived ones are live again."""
         for part in (self._hidden, self._positions, self._slots, self._live):
             part.cut(self._mark)
         for entries in self._taken:
             self._live.rows[entries] = True
         self._num_live = int(self._live.rows.sum()) if self._mark else 0
-        self._taken, self.keys = [], self._keys_before
+        self._taken = []
 
     def compact(self) -> None:
         """Frees the room of revived entries once they are the larger part."""
@@ -109,11 +106,6 @@ class Stash:
 
     def _keep(self, entries: Tensor) -> None:
         kept = [part.rows[entries] for part in (self._hidden, self._positions, self._slots)]
-        keys = {
-            layer: old.index_select(2, entries[entries < old.shape[2]])
-            for layer, old in self.keys.items()
-        }
         self.__init__()  # type: ignore[misc]
         if entries.numel():
             self.add(*kept)
-            self.keys = keys

@@ -32,10 +32,8 @@ class Verified(NamedTuple):
     """What one request's answer goes on with."""
 
     scheduled: Scheduled
-    walk: Walk | None
-    """None: no answer token in this pass."""
-    is_void: bool = False
-    """The pass is repeated, since the root needs tokens that were stashed."""
+    walk: Walk
+    """Empty where this pass gave no answer token."""
 
 
 class Engine:
@@ -172,39 +170,21 @@ class Engine:
         """What each request's answer goes on with: tokens, and the draft nodes that hold them."""
         verified = []
         for scheduled, rows in zip(batch, logits, strict=True):
-            request = scheduled.request
-            policy = scheduled.decode_policy
             if scheduled.is_prefill:
                 self._advance_prefill(scheduled)
-            elif policy is not None and rows is not None:
-                request.to_revive = policy.check_recall(rows)
-                if request.to_revive:
-                    verified.append(Verified(scheduled, None, is_void=True))
-                    continue
-            if rows is None or request.is_prefilling:
-                verified.append(Verified(scheduled, None))
-            else:
-                verified.append(Verified(scheduled, self._walk(scheduled, rows)))
+            found = Walk([], [])
+            if rows is not None and not scheduled.request.is_prefilling:
+                found = self._walk(scheduled, rows)
+            verified.append(Verified(scheduled, found))
         return verified
 
     def _commit(self, verified: Sequence[Verified]) -> None:
         """Accepted rows stay in place, the rest is dropped; an answer ends at the very token that
         ends it."""
-        for scheduled, found, is_void in verified:
+        for scheduled, (tokens, nodes) in verified:
             request = scheduled.request
-            if is_void:
-                to_revive = request.to_revive
-                scheduled.checkpoint.restore()
-                request.to_revive = to_revive
-                request.num_steps += 1
-                continue
-            tokens, nodes = found or ([], [])
             emitted, reason = self._accept(request, tokens)
             accepted = nodes[: max(0, len(emitted) - 1)]
-            policy = scheduled.decode_policy
-            request.to_revive = {}
-            if policy is not None:
-                request.to_revive = policy.to_revive_next(request.draft.child(nodes, tokens))
             num_drafts = scheduled.segment.num_drafts
             request.session.commit(scheduled.entered_tokens(accepted), num_drafts, accepted)
             if emitted:

@@ -72,8 +72,6 @@ class Request:
         self.last_token = self.submitted
         self.sources: tuple[Source | None, ...] = ()
         """Where each token of the latest step was drafted from; None: the model's own choice."""
-        self.to_revive: Mapping[int, Tensor] = {}
-        """Stash entries that the next pass revives, by boundary."""
         self.num_reviving = 0
         """Rows revived in the latest step: they share the row budget of the next."""
         self.num_revived_seen = session.num_revived

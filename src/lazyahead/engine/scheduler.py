@@ -155,9 +155,7 @@ class Scheduler:
         config = self._prefill
         policy: Policy = KEEP_ALL
         if config is not None and config.revive != "never" and session.num_stashed:
-            policy = DecodePolicy(
-                session, config, num_drafts=len(draft), to_revive=request.to_revive
-            )
+            policy = DecodePolicy(session, config, len(draft))
         segment = Segment(
             session.kv,
             token_ids,

@@ -91,31 +91,19 @@ def attend(query: Tensor, kv: LayerKV, rows: QueryRows, heads: AttentionParams) 
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
 
 
-class ExtraKeys(NamedTuple):
-    """Keys that every row sees besides the cached ones."""
-
-    keys: Tensor
-    """(1, H_kv, E, D)"""
-    is_live: Tensor
-    """(E,); the others are not there."""
-
-
 def attention_weights(
     query: Tensor,
     kv: LayerKV,
     rows: QueryRows,
     heads: AttentionParams,
-    more: ExtraKeys | None = None,
 ) -> Tensor:
-    """The attention itself, (H, Q, N) in fp32, that the last Q rows (query (1, H, Q, D)) pay: small
-    Q only.
-
-    What `more` keys are paid follows: (H, Q, N + E)."""
+    """The attention weights (H, Q, N), fp32, of the last Q rows (query (1, H, Q, D)): small Q
+    only."""
     num_queries = query.shape[2]
     mask = None
     if num_queries > 1 or rows.ancestors is not None or not _sees_everything(rows, heads):
         mask = _mask(rows, slice(rows.positions.numel() - num_queries, None), kv.positions, heads)
-    return _weights(query, kv.keys, mask, heads, more)[0].reshape(query.shape[1], num_queries, -1)
+    return _weights(query, kv.keys, mask, heads)[0].reshape(query.shape[1], num_queries, -1)
 
 
 def reduce_heads(weights: Tensor, how: str) -> Tensor:
@@ -263,19 +251,14 @@ def _weights(
     keys: Tensor,
     mask: Tensor | None,
     heads: AttentionParams,
-    more: ExtraKeys | None = None,
 ) -> Tensor:
-    """Softmax of the logits in fp32, (1, H_kv, G * T, N), those of `more` keys behind them."""
+    """Softmax of the logits in fp32, (1, H_kv, G * T, N)."""
     num_heads, num_rows, num_kv = query.shape[1], query.shape[2], keys.shape[1]
     groups = num_heads // num_kv
     folded = query.reshape(1, num_kv, groups * num_rows, -1)
     logits = _logits(folded, keys, heads)
     if mask is not None:
         logits = logits.masked_fill(~mask.repeat(groups, 1), -torch.inf)
-    if more is not None:
-        logits = torch.cat(
-            [logits, _logits(folded, more.keys, heads).masked_fill_(~more.is_live, -torch.inf)], -1
-        )
     if heads.sinks is None:
         return logits.softmax(-1)
     sinks = (

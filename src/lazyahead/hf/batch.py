@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,6 @@ from torch import Tensor
 from lazyahead.cache.kv import GrowableTensor
 from lazyahead.hf.model_spec import ArgSpec, ModelSpec, TokenArg
 from lazyahead.hf.segment import Segment
-
-if TYPE_CHECKING:
-    from lazyahead.hf.ahead import ScratchKV
 
 
 class Batch:
@@ -32,20 +29,11 @@ class Batch:
         self.logits_indices = self._logits_indices()
         self.boundary_layers = {layer for segment in segments for layer in segment.boundaries}
         self.keeps_token_args = any(segment.token_args is not None for segment in segments)
-        self.scores_ahead = any(segment.policy.scores_ahead for segment in segments)
         # Set by the hooks.
         self.layer = -1
-        self.scratch: ScratchKV | None = None
-        """Takes the place of the cache while rows run ahead."""
-        self.is_positional = False
-        """Whether the model passes hidden states to its layers by place."""
         self._num_changes = 0  # boundaries that changed rows
         self._token_args: dict[int, Tensor] = {}  # key -> one row per entered token
         self._gathered: dict[int, tuple[int, Tensor]] = {}  # key -> (change, rows in flight)
-        # By kind of layer, the arguments it was called with.
-        self._calls: dict[tuple[Any, ...], tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        # By identity of positions, of rows that run ahead: their per-token arguments, by key.
-        self._scratch_args: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}
 
     @property
     def has_changed(self) -> bool:
@@ -78,7 +66,7 @@ class Batch:
         for segment in self.segments:
             before = hidden[0, start : start + segment.num_rows]
             start += segment.num_rows
-            after = segment.at_boundary(layer, before, self)
+            after = segment.at_boundary(layer, before)
             changed |= after is not None
             parts.append(before if after is None else after)
         if not changed:
@@ -117,41 +105,6 @@ class Batch:
         if self.is_empty:
             return value.narrow(spec.dim, 0, 1)
         return self._gather(spec)
-
-    # --- rows that run ahead ----------------------------------------------------------------
-
-    def note_call(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keeps what the model calls layers of this kind with, hidden states aside."""
-        self.is_positional = bool(args)
-        named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        self._calls.setdefault(self.spec.kinds[layer], (args[1:], named))
-
-    def knows_call(self, layer: int) -> bool:
-        """Whether a layer of this kind was called in this pass."""
-        return self.spec.kinds[layer] in self._calls
-
-    def call_for(
-        self, layer: int, segment: Segment, positions: Tensor, entered: Tensor
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a layer, hidden states aside, for rows (T,) of a segment."""
-        specs = self.spec.arg_specs[layer]
-        args, named = self._calls[self.spec.kinds[layer]]
-        known: dict[int, Tensor] = self._scratch_args.setdefault(id(positions), (positions, {}))[1]
-
-        def for_rows(spec: ArgSpec, value: Any) -> Any:
-            if spec is None or value is None:
-                return value
-            if isinstance(spec, tuple):
-                parts = zip(spec, value, strict=True)
-                return type(value)(for_rows(part, inner) for part, inner in parts)
-            if spec.key not in known:
-                known[spec.key] = self._rows_of(spec.key, segment, positions, entered)
-            return known[spec.key].movedim(0, spec.dim)
-
-        return (
-            tuple(for_rows(specs.get(place), value) for place, value in enumerate(args, 1)),
-            {name: for_rows(specs.get(name), value) for name, value in named.items()},
-        )
 
     # --- per-token arguments ----------------------------------------------------------------
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -100,11 +99,6 @@ class ModelSpec:
     def attends_fully(self) -> tuple[bool, ...]:
         """Which layers see every earlier token."""
         return tuple(kind == "full_attention" for kind in self.layer_types)
-
-    @cached_property
-    def kinds(self) -> tuple[tuple[tuple[int | str, ArgSpec], ...], ...]:
-        """Per layer what it is handed: layers of one kind are handed the same tables."""
-        return tuple(tuple(arg_specs.items()) for arg_specs in self.arg_specs)
 
     @property
     def device(self) -> torch.device:

@@ -13,13 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lazyahead.cache.kv import GrowableTensor, LayerKV
-from lazyahead.hf.ahead import run_ahead
 from lazyahead.hf.attach import attachment_of
-from lazyahead.hf.batch import Batch
 from lazyahead.hf.model_spec import ModelSpec, declared_types, inspect_model
 from lazyahead.hf.plain_runner import PlainRunner
 from lazyahead.hf.runner import Runner, uncompiled
-from lazyahead.hf.segment import Policy, Rows, Segment
+from lazyahead.hf.segment import Policy, Segment
 from lazyahead.hf.trace import Unfit, switched
 
 Level = Literal["full", "decode-only", "none"]
@@ -183,42 +181,32 @@ class _DeferAll(Policy):
 
     def __init__(self, layer: int) -> None:
         self.boundary_layers = (layer,)
-        self.deferred: Rows | None = None
+        self.deferred: tuple[Tensor, Tensor] | None = None
+        """Hidden states (T, d) and positions (T,)."""
 
-    def at_boundary(
-        self, layer: int, hidden: Tensor, segment: Segment, batch: Batch
-    ) -> Tensor | None:
-        positions = segment.positions
-        self.deferred = Rows(hidden.clone(), positions, torch.full_like(positions, -1))
-        segment.replace(positions[:0], segment.entered[:0])
+    def at_boundary(self, layer: int, hidden: Tensor, segment: Segment) -> Tensor | None:
+        self.deferred = (hidden.clone(), segment.positions)
+        segment.replace(segment.positions[:0], segment.entered[:0])
         return hidden[:0]
 
 
 class _ReviveAll(Policy):
-    """Revives what `defer` deferred, after its own rows have run ahead once."""
+    """Revives what `defer` deferred."""
 
     needs_token_args = True
-    scores_ahead = True
 
     def __init__(self, defer: _DeferAll) -> None:
         self.boundary_layers = defer.boundary_layers
         self._defer = defer
 
-    def at_boundary(
-        self, layer: int, hidden: Tensor, segment: Segment, batch: Batch
-    ) -> Tensor | None:
-        deferred = self._defer.deferred
-        assert deferred is not None
-        running = Rows(hidden, segment.positions, segment.entered)
-        layers = range(layer, batch.spec.num_layers - 1)
-        ahead = run_ahead(batch, segment, [deferred] * len(layers), running, segment.kv, layers)
-        if not all(bool(seen.weights.isfinite().all()) for seen in ahead):
-            raise Unfit("rows that run ahead get attention weights that are no numbers")
+    def at_boundary(self, layer: int, hidden: Tensor, segment: Segment) -> Tensor | None:
+        assert self._defer.deferred is not None
+        rows, positions = self._defer.deferred
         segment.replace(
-            torch.cat([deferred.positions, segment.positions]),
-            torch.cat([deferred.entered, segment.entered]),
+            torch.cat([positions, segment.positions]),
+            torch.cat([torch.full_like(positions, -1), segment.entered]),
         )
-        return torch.cat([deferred.hidden, hidden])
+        return torch.cat([rows, hidden])
 
 
 # --- the model's own cache ------------------------------------------------------------------------

@@ -148,7 +148,7 @@ def _enter_layer(index: int, spec: ModelSpec) -> Any:
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         batch = current.get()
-        if batch is None or batch.scratch is not None:
+        if batch is None:
             return None
         batch.layer = index
         if batch.on_layer is not None:
@@ -164,8 +164,6 @@ def _enter_layer(index: int, spec: ModelSpec) -> Any:
         named = {
             name: batch.args_for_rows(specs.get(name), value) for name, value in kwargs.items()
         }
-        if batch.scores_ahead:
-            batch.note_call(index, args, kwargs)
         if batch.is_over:
             raise _AllDeferred
         return ((hidden, *placed), named) if args else ((), {**named, "hidden_states": hidden})
@@ -176,7 +174,7 @@ def _enter_layer(index: int, spec: ModelSpec) -> Any:
 def _leave_layers(module: nn.Module, args: Any, output: Any) -> Any:
     """Restores the rows that entered, so that what follows the layers finds its shape."""
     batch = current.get()
-    if batch is None or not batch.has_changed or batch.scratch is not None:
+    if batch is None or not batch.has_changed:
         return None
     if isinstance(output, tuple):
         return batch.restore(output[0]), *output[1:]
@@ -213,9 +211,6 @@ def _attention(
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )
-    if batch.scratch is not None:
-        output = batch.scratch.attend(query, key, value, params)
-        return output.transpose(1, 2).contiguous(), None
     if batch.is_empty:
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
     if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):

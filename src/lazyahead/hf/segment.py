@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
-
 import torch
 from torch import Tensor
 
 from lazyahead.cache.kv import GrowableTensor, LayerKV
 from lazyahead.hf.attention import (
     AttentionParams,
-    ExtraKeys,
     LocalWindow,
     QueryRows,
     attend,
     attention_weights,
     reduce_heads,
 )
-
-if TYPE_CHECKING:
-    from lazyahead.hf.batch import Batch
 
 
 class Policy:
@@ -37,15 +31,10 @@ class Policy:
     boundary_layers: Collection[int] = ()
     """Layers before which `at_boundary` is called."""
     local: LocalWindow | None = None
-    """Which rows attend to a window only, in the first `num_local_layers` layers."""
-    num_local_layers: int = 0
-    stash_keys: Mapping[int, Sequence[tuple[int, ExtraKeys]]] = {}
-    """Layer -> (boundary, approximate keys of the tokens stashed there) that `observe_stash` needs
-    the attention to."""
+    """Which rows attend to a window only, in the layers `local_layers`."""
+    local_layers: range = range(0)
     needs_token_args: bool = False
     """Whether rows may be revived, so that their per-token layer arguments are kept."""
-    scores_ahead: bool = False
-    """Whether rows may run ahead in this pass."""
     is_placeholder: bool = False
     """Whether the one row in flight only stands for rows stashed at a deeper layer: it has no keys
     and attends to nothing."""
@@ -53,12 +42,7 @@ class Policy:
     def observe(self, layer: int, weights: Tensor) -> None:
         """Weights (Q, N) of the last Q rows over the N keys of `layer`, heads reduced, fp32."""
 
-    def observe_stash(self, boundary: int, weights: Tensor) -> None:
-        """Weights (Q, E) over the approximate keys of the E entries stashed at `boundary`."""
-
-    def at_boundary(
-        self, layer: int, hidden: Tensor, segment: Segment, batch: Batch
-    ) -> Tensor | None:
+    def at_boundary(self, layer: int, hidden: Tensor, segment: Segment) -> Tensor | None:
         """Rows (T, d) about to enter `layer` -> rows that enter it; None where nothing changes.
 
         Updates `segment.positions` and `segment.entered` to match.
@@ -126,26 +110,22 @@ class Segment:
             return query.new_zeros(*query.shape[:3], values.shape[-1])
         kv = self.kv[layer]
         kv.append(keys, values, self.positions)
-        local = policy.local if layer < policy.num_local_layers else None
+        local = policy.local if layer in policy.local_layers else None
         rows = QueryRows(self.positions, self.last, self.ancestors, self.masks, local)
         num_queries = policy.score_queries.get(layer, 0)
         if num_queries:
             last = query[:, :, -num_queries:]
             weights = attention_weights(last, kv, rows, params)
             policy.observe(layer, reduce_heads(weights, policy.head_reduction))
-        for boundary, stashed in policy.stash_keys.get(layer, ()):
-            last = query[:, :, -1 - self.num_drafts :]
-            weights = attention_weights(last, kv, rows, params, stashed)[..., len(kv) :]
-            policy.observe_stash(boundary, reduce_heads(weights, policy.head_reduction))
         return attend(query, kv, rows, params)
 
-    def at_boundary(self, layer: int, hidden: Tensor, batch: Batch) -> Tensor | None:
+    def at_boundary(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Asks the policy which rows (T, d) enter `layer`; None where nothing changes."""
         if layer in self.boundaries:
             self.masks = {}
         if layer not in self.policy.boundary_layers:
             return None
-        return self.policy.at_boundary(layer, hidden, self, batch)
+        return self.policy.at_boundary(layer, hidden, self)
 
     def keep(self, stays: Tensor) -> None:
         """Only the rows (T,) bool stay in flight."""
@@ -156,21 +136,3 @@ class Segment:
         """Other rows (T,) are in flight now. `entered` is -1 for revived rows."""
         self.positions = positions
         self.entered = entered
-
-
-class Rows(NamedTuple):
-    """Rows of a segment at a boundary."""
-
-    hidden: Tensor
-    """(T, d) what would enter the layer."""
-    positions: Tensor
-    """(T,)"""
-    entered: Tensor
-    """(T,) offset into the tokens of this pass; -1 for rows of an earlier pass."""
-
-    def slice(self, part: slice) -> Rows:
-        return Rows(self.hidden[part], self.positions[part], self.entered[part])
-
-    def where(self, chosen: Tensor) -> Rows:
-        """The rows for which `chosen` (T,) is true."""
-        return Rows(self.hidden[chosen], self.positions[chosen], self.entered[chosen])

@@ -21,8 +21,16 @@ from lazyahead.prefill.score import (
 )
 
 Revival = Literal["demand", "percentile", "never"]
-_RENAMED = {"near": "local_window", "doubt_below": "recall_below_prob"}
-"""Fields of version 0.1 and their names now."""
+_OLD_FIELDS = ("near", "doubt_below", "recall_threshold")
+"""Fields that only profiles of version 0.1 have."""
+_COUNTS = (
+    "revive_limit",
+    "local_window",
+    "local_full_rows",
+    "protect_first",
+    "protect_last",
+    "min_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -32,33 +40,28 @@ class LazyPrefill:
     Raises ConfigError for a setting that cannot mean anything, naming the value.
     """
 
-    schedule: Schedule = ((0.17, 0.2), (0.42, 0.1))
-    """(depth, keep ratio) pairs: after this fraction of the layers, this fraction of the prompt
-    goes on."""
-    scorer: Scorer = field(
-        default_factory=lambda: Window(
-            window_size=24, kernel_size=31, score_to_depth=0.6, score_from_depth=0.34
-        )
-    )
+    schedule: Schedule = ((0.8, 0.4),)
+    """(depth, keep ratio) pairs: after this fraction of the layers, at most this fraction of the
+    prompt's tokens goes on; the others are stashed."""
+    scorer: Scorer = field(default_factory=LastToken)
     """Which tokens matter. The paper's is `LastToken()`."""
+    keep_mass: float = 0.9
+    """Of the tokens that may go on, only as many as hold this share of the scores, best first."""
     revive: Revival = "demand"
-    """`demand`: a token whose attention passes the threshold comes back. `percentile`: the paper's
-    rule, the best `keep_ratio` of the prompt are selected anew at every step. `never`: what was
-    deferred stays out."""
-    revive_threshold: float = 0.9
-    """Demand: attention of one head that a running token must pay to a deferred one to bring it
-    back."""
+    """`demand`: a stashed token is revived when a row's attention to it exceeds the threshold.
+    `percentile`: the paper's rule, the best `keep_ratio` of the prompt are selected anew at every
+    step. `never`: stashed tokens stay out."""
+    revive_threshold: float = 0.3
+    """Demand: attention of one head, of a running row to a stashed token, that revives it."""
     revive_limit: int = 8
-    """Demand: most tokens that one row may bring back in passing a boundary, best first, each with
-    what waits around it (`reach` of the scorer); four times as many where the pass is repeated
-    for it."""
-    recall_below_prob: float = 0.999
-    """Demand, with a scorer that runs ahead: what a running token traces at further up than it waits
-    is called back only where the likeliest next token is less probable than this."""
+    """Demand: most tokens that one row revives at a boundary, best first."""
     local_window: int = 512
-    """Before the first cut, and before the depth from which the scorer traces far
-    (`score_from_depth`), a token attends to so many before it and to the first few; only the
-    last ones of the prompt attend to all. 0: every token does."""
+    """Tokens that a prompt row attends to in the local layers, besides the first four of the text.
+    0: every row attends to everything in every layer."""
+    local_from: float = 0.34
+    """Depth of the first local layer; the last is the one below the first cut."""
+    local_full_rows: int = 64
+    """Last rows of the prompt that attend to everything in the local layers too."""
     protect_first: int = 4
     """Prompt tokens at the start that always go on."""
     protect_last: int = 32
@@ -78,12 +81,11 @@ class LazyPrefill:
             raise ConfigError(
                 f"revive {self.revive!r} needs attention and {self.scorer} sees none; use 'never'"
             )
-        for name in ("revive_threshold", "recall_below_prob"):
+        for name in ("revive_threshold", "local_from", "keep_mass"):
             value = getattr(self, name)
             if not (is_number(value) and 0 <= value <= 1):
-                kind = "a probability" if name == "recall_below_prob" else "an attention weight"
-                raise ConfigError(f"{name} is {kind} in 0..1, got {value!r}")
-        for name in ("local_window", "revive_limit", "protect_first", "protect_last", "min_tokens"):
+                raise ConfigError(f"{name} must be in 0..1, got {value!r}")
+        for name in _COUNTS:
             check_count(name, getattr(self, name))
 
     @classmethod
@@ -96,7 +98,8 @@ class LazyPrefill:
         schedule = ((0.3, 0.7), (0.6, 0.49), (0.9, 0.343))
         return cls(
             schedule,
-            LastToken(),
+            keep_mass=1.0,
+            scorer=LastToken(),
             local_window=0,
             revive="percentile",
             revive_threshold=0.0,
@@ -110,12 +113,16 @@ class LazyPrefill:
     @classmethod
     def random_drop(cls, keep_ratio: float = 0.5, seed: int = 0) -> LazyPrefill:
         """The paper's baseline: tokens dropped at random before the first layer, for good."""
-        return cls(((0.0, keep_ratio),), Random(seed), local_window=0, revive="never")
+        return cls._dropped(((0.0, keep_ratio),), Random(seed))
 
     @classmethod
     def static_prune(cls, keep_ratio: float = 0.5, depth: float = 0.25) -> LazyPrefill:
         """The paper's baseline: pruned once, by the attention of the first layers, for good."""
-        return cls(((depth, keep_ratio),), LastToken(), local_window=0, revive="never")
+        return cls._dropped(((depth, keep_ratio),), LastToken())
+
+    @classmethod
+    def _dropped(cls, schedule: Schedule, scorer: Scorer) -> LazyPrefill:
+        return cls(schedule, keep_mass=1.0, scorer=scorer, local_window=0, revive="never")
 
     @classmethod
     def preset(cls, name: str) -> LazyPrefill:
@@ -139,11 +146,11 @@ class LazyPrefill:
     def from_dict(cls, values: dict[str, Any]) -> LazyPrefill:
         """The inverse of `to_dict`. Raises ConfigError naming a field that does not exist."""
         values = dict(values)
-        renamed = sorted(values.keys() & _RENAMED.keys())
-        if renamed:
+        old = sorted(values.keys() & set(_OLD_FIELDS))
+        if old:
             raise ConfigError(
-                f"this profile was written by version 0.1 (it has {renamed[0]!r}, now "
-                f"{_RENAMED[renamed[0]]!r}); write it anew with `lazyahead tune` or LazyPrefill.save"
+                f"this profile was written by version 0.1 (it has {old[0]!r}); "
+                "write a new one with `lazyahead tune` or LazyPrefill.save"
             )
         scorer = scorer_from_dict(values.pop("scorer", {"name": "window"}))
         unknown = sorted(values.keys() - cls.__dataclass_fields__.keys())
@@ -205,10 +212,7 @@ def _check_schedule(schedule: Schedule, needs_attention: bool) -> None:
 
 PRESETS: dict[str, LazyPrefill] = {
     "balanced": LazyPrefill(),
-    "fast": LazyPrefill(
-        ((0.17, 0.1), (0.42, 0.04)),
-        Window(window_size=24, kernel_size=31, score_to_depth=0.5, score_from_depth=0.34),
-    ),
+    "fast": LazyPrefill(((0.67, 0.3),), keep_mass=0.9, local_window=256),
     "paper": LazyPrefill.paper(),
     "static_prune": LazyPrefill.static_prune(),
     "random_drop": LazyPrefill.random_drop(),

@@ -27,21 +27,28 @@ def boundaries(
 ) -> tuple[Boundary, ...]:
     """Places a schedule on a model's layers.
 
-    `attends_fully[l]` says that layer l sees every earlier token. A boundary whose layer below sees
-    only a window would be blind beyond it, so it moves down to the next layer whose predecessor
-    sees everything, if there is one. Two pairs that land on the same layer become the stricter one.
-    A scorer that traces at no attention may cut at layer 0.
+    `attends_fully[l]` says that layer l attends to every earlier token. The layer below a boundary
+    must, or no token beyond its window could be scored: a boundary moves to the nearest earlier
+    layer where that holds, else to the nearest later one. Two pairs that land on the same layer
+    become the stricter one. A scorer that reads no attention may cut at layer 0.
     """
     num_layers = len(attends_fully)
     placed: dict[int, float] = {}
     for depth, keep_ratio in schedule:
         layer = max(int(needs_attention), min(num_layers - 1, round(depth * num_layers)))
-        if needs_attention and any(attends_fully):
-            layer = next((at for at in range(layer, num_layers) if attends_fully[at - 1]), layer)
+        if needs_attention and any(attends_fully[:-1]):
+            fit = [at for at in range(1, num_layers) if attends_fully[at - 1]]
+            earlier = [at for at in fit if at <= layer]
+            layer = earlier[-1] if earlier else fit[0]
         placed[layer] = min(keep_ratio, placed.get(layer, 1.0))
-    return tuple(
-        Boundary(layer, placed[layer]) for layer in sorted(placed) if 0 <= layer < num_layers
-    )
+    return tuple(Boundary(layer, placed[layer]) for layer in sorted(placed) if layer < num_layers)
+
+
+def local_layers(placed: Sequence[Boundary], num_layers: int, local_from: float) -> range:
+    """The layers in which all rows but the last ones attend to a window only: from the depth
+    `local_from` to the first boundary; none where nothing is cut."""
+    cuts = [boundary.layer for boundary in placed if boundary.keep_ratio < 1]
+    return range(round(local_from * num_layers), cuts[0]) if cuts else range(0)
 
 
 def kept_by_layer(placed: Sequence[Boundary], num_layers: int, num_tokens: int) -> tuple[int, ...]:

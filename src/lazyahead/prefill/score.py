@@ -1,8 +1,7 @@
 """Scorers: how much each prompt token matters to the last rows of the prompt.
 
 A scorer needs two members: `window_size`, the number of last rows whose attention it reads, and
-`__call__(attention, positions)`, which turns that attention into one score a token. Everything
-else is optional (see `Scorer`). To add one, write a frozen dataclass with these two members and
+`__call__(attention, positions)`, which turns that attention into one score a token. To add one, write a frozen dataclass with these two members and
 pass it as `LazyPrefill(scorer=...)`; put it into `SCORERS` to let profiles on disk name it.
 """
 
@@ -18,13 +17,7 @@ if TYPE_CHECKING:
 
 
 class Scorer(Protocol):
-    """What `LazyPrefill` needs of a scorer.
-
-    Optional attributes, each 0 where a scorer lacks it (read them through `AheadRange.of` and
-    `reach_of`): `score_to_depth` and `score_from_depth`, fractions of the layers between which the
-    last rows run ahead of the rest of the prompt to be scored there; `reach`, the number of
-    neighbouring positions on each side that belong with a token.
-    """
+    """What `LazyPrefill` needs of a scorer."""
 
     @property
     def window_size(self) -> int:
@@ -33,30 +26,6 @@ class Scorer(Protocol):
     def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
         """Attention (Q, N) of the last Q rows, mean over heads, and the N tokens' positions, to
         scores (N,)."""
-
-
-@dataclass(frozen=True)
-class AheadRange:
-    """The depths, as fractions of the layers, between which a scorer's rows run ahead."""
-
-    start: float = 0.0
-    stop: float = 0.0
-
-    @classmethod
-    def of(cls, scorer: Scorer) -> AheadRange:
-        """Both 0 for a scorer that does not run ahead."""
-        start = getattr(scorer, "score_from_depth", 0.0)
-        return cls(float(start), float(getattr(scorer, "score_to_depth", 0.0)))
-
-    def layers(self, num_layers: int) -> range:
-        """The layers whose attention is scored, the last layer of the model excepted."""
-        stop = min(round(self.stop * num_layers), num_layers - 1)
-        return range(round(self.start * num_layers), stop)
-
-
-def reach_of(scorer: Scorer) -> int:
-    """Neighbouring positions on each side that belong with a token; 0 where not stated."""
-    return int(getattr(scorer, "reach", 0))
 
 
 def scorer_name(scorer: Scorer) -> str:
@@ -113,17 +82,10 @@ class LastToken:
 class Window:
     """The last `window_size` rows: mean over heads, maximum over rows, maximum over `kernel_size`
     neighbours by position.
-
-    With `score_to_depth` > 0 these rows run ahead: at a boundary they are computed through the
-    next layers, up to that fraction of the depth, while the rest of the prompt stays where it is
-    (its keys and values there are made from its hidden states at the boundary). The score is the
-    maximum over the layers from `score_from_depth` on. What they computed is thrown away.
     """
 
     window_size: int = 16
     kernel_size: int = 7
-    score_to_depth: float = 0.0
-    score_from_depth: float = 0.0
 
     def __post_init__(self) -> None:
         if self.window_size < 1:
@@ -132,19 +94,6 @@ class Window:
             raise ConfigError(
                 f"Window pools over an odd number of neighbours, got kernel_size={self.kernel_size}"
             )
-        if not 0 <= self.score_to_depth < 1:
-            raise ConfigError(
-                f"score_to_depth must be in 0..1 (a fraction of the layers), got {self.score_to_depth}"
-            )
-        if not 0 <= self.score_from_depth <= self.score_to_depth:
-            raise ConfigError(
-                f"score_from_depth must be in 0..score_to_depth ({self.score_to_depth}), "
-                f"got {self.score_from_depth}"
-            )
-
-    @property
-    def reach(self) -> int:
-        return self.kernel_size // 2
 
     def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
         scores = attention.amax(0)  # (Q, N) -> (N,)

@@ -20,37 +20,23 @@ def best(scores: Tensor, pool: Tensor, protected: Tensor, count: int) -> Tensor:
     return _first(scores.masked_fill(sure, torch.inf).masked_fill(~pool, -torch.inf), count)
 
 
-def demanded(scores: Tensor, waiting: Tensor, threshold: float, limit: int) -> Tensor:
-    """Demand: what waits and is paid more than `threshold`, the `limit` best of it. A mask (N,)."""
-    hits = waiting & (scores > threshold)
+def count_for_mass(scores: Tensor, pool: Tensor, protected: Tensor, mass: float) -> int:
+    """How many tokens of `pool` hold the fraction `mass` of its scores, best first; the protected
+    ones are counted besides, their scores are not. All (N,)."""
+    ranked = scores[pool & ~protected].float().sort(descending=True).values
+    total = ranked.sum()
+    num_protected = int((pool & protected).sum())
+    if not bool(total > 0):
+        return num_protected
+    return num_protected + int((ranked.cumsum(0) < mass * total).sum()) + 1
+
+
+def demanded(scores: Tensor, stashed: Tensor, threshold: float, limit: int) -> Tensor:
+    """Demand: stashed tokens that score above `threshold`, the `limit` best of them. A mask (N,)."""
+    hits = stashed & (scores > threshold)
     if int(hits.sum()) <= limit:
         return hits
     return _first(scores.masked_fill(~hits, -torch.inf), limit)
-
-
-def best_with_neighbours(
-    paid: Tensor, hits: Tensor, positions: Tensor, waiting: Tensor, limit: int, reach: int
-) -> Tensor:
-    """What comes back for one row that pays (N,) and hits (N,): of the `waiting` tokens those
-    within `reach` of a hit, at most `limit`. The best hit comes first with what stands around
-    it, nearest first and before that what follows. A mask (N,)."""
-    num_hits = min(limit, int(hits.sum()))
-    if not num_hits:
-        return torch.zeros_like(waiting)
-    centres = positions[
-        paid.masked_fill(~hits, -torch.inf).sort(descending=True, stable=True).indices[:num_hits]
-    ]
-    ahead = positions[:, None] - centres  # (N, M)
-    ranks = (
-        torch.arange(num_hits, device=positions.device) * (2 * reach + 2)
-        + 2 * ahead.abs()
-        + (ahead < 0)
-    )
-    far = torch.iinfo(ranks.dtype).max
-    best = ranks.masked_fill((ahead.abs() > reach) | ~waiting[:, None], far).amin(1)
-    chosen = torch.zeros_like(waiting)
-    chosen[best.sort().indices[:limit]] = True
-    return chosen & (best < far)
 
 
 def _first(ranked: Tensor, count: int) -> Tensor:
