@@ -96,7 +96,7 @@ def test_history_never_crowds_out_the_text_at_hand(num_answers):
 
 
 def test_a_request_leaves_nothing_behind_unless_asked():
-    drafter = TrieDrafter()
+    drafter = TrieDrafter(prompt_tokens=3)
     for remember in (False, True):
         request = drafter.start([1, 2, 3])
         request.extend([4, 5, 6])

@@ -29,6 +29,7 @@ def drafter_for(
         decode.mode,
         capacity_bytes=decode.capacity_bytes,
         log=log,
+        prompt_tokens=decode.memory_prompt_tokens,
         spell=spell,
     )
     drafter.namespace(decode.namespace)  # read now, not when the first answer waits for it

@@ -28,6 +28,8 @@ class TrieDrafter:
         max_matches: occurrences looked at per lookup, in the request's text and in the remembered
         ones each.
         decay: vote of an occurrence against the next newer one of the same kind.
+        prompt_tokens: last tokens of a prompt that are remembered in front of its answer, so that
+            the first tokens of the answer can be drafted. They are prompt text. 0: none.
         spell: what a token spells, so that a quote is found that begins in another case.
 
     `remember` adds documents and earlier answers; a request's own text is dropped when the request
@@ -43,6 +45,7 @@ class TrieDrafter:
         log: AnswerLog | None = None,
         max_matches: int = 8,
         decay: float = 0.9,
+        prompt_tokens: int = 0,
         spell: Spell | None = None,
     ) -> None:
         if mode not in ("hierarchical", "parallel", "single"):
@@ -62,6 +65,7 @@ class TrieDrafter:
         self.log = log
         self.max_matches = max_matches
         self.decay = decay
+        self.prompt_tokens = prompt_tokens
         self.spell = spell
         self._namespaces: dict[str, Namespace] = {}
 
@@ -138,8 +142,6 @@ class Namespace:
 _PATIENCE = 8  # misses in a row before lookups are skipped
 _MAX_SKIP = 7  # lookups skipped at most before one is tried
 _HEADROOM = 2048  # tokens of answer that the prompt's index has room for
-# prompt tokens that are remembered in front of an answer, so that its first tokens are found
-NUM_LEAD = 16
 _NUM_REMATCHES = 3  # occurrences looked at for a guess
 _REMATCH_LEN = 4  # a guess is looked up where this many tokens agree
 _ASKED_LEN = 16  # what is asked next is trusted like a match of this length, until more is known
@@ -162,7 +164,7 @@ class TrieRequest:
         self._sources: list[Source] = []  # of the run that begins at ...
         self._run_starts: list[int] = []
         self._recent: list[int] = []
-        self._answer: list[int] = []  # and the few prompt tokens before it
+        self._answer: list[int] = []  # and the `prompt_tokens` before it
         self._unread: list[int] = []  # of the answer, not in `own` yet
         self._num_misses = 0
         self._num_skips = 0
@@ -180,11 +182,16 @@ class TrieRequest:
             self.own.reserve(len(tokens) + _HEADROOM)
             self._index(tokens, source)
             self._prompt_end = self.own.end
-            self._answer += tokens[-NUM_LEAD:]
-            del self._answer[:-NUM_LEAD]
+            self._keep_prompt_end(tokens)
         else:
             self._answer += tokens
             self._unread += tokens
+
+    def _keep_prompt_end(self, tokens: Sequence[int]) -> None:
+        """Of a prompt, as many last tokens as the drafter may remember in front of the answer."""
+        num_kept = self._drafter.prompt_tokens
+        text = [*self._answer, *tokens]
+        self._answer = text[len(text) - min(num_kept, len(text)) :]
 
     def index(self) -> None:
         """Read what was written since the last lookup; steps without one have it only noted."""
