@@ -4,13 +4,11 @@ runs it."""
 from __future__ import annotations
 
 from functools import partial
-from itertools import count
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from lazyahead.config import LazyPrefill, Lookahead
-from lazyahead.draft.budget import RowCost
 from lazyahead.draft.factory import drafter_for
 from lazyahead.draft.question_order import spelling
 from lazyahead.engine.engine import Engine
@@ -44,16 +42,11 @@ def engine_for(
         return Engine(PlainRunner(model), None, None)
     runner = Runner(model, spec)
     drafter = drafter_for(decode, partial(owner_of, model, tokenizer), spelling(tokenizer))
-    calls = count()  # from the second on the curve is measured anew
-
-    def row_cost() -> RowCost:
-        return row_cost_of(model, runner, again=next(calls) > 0)
-
     return Engine(
         runner,
         prefill,
         decode,
         drafter=drafter,
-        row_cost=row_cost,
+        row_cost=row_cost_of(model) if decode is not None else None,
         prefill_chunk_size=prefill_chunk_size,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lazyahead.cache.session import Session
 from lazyahead.config import LazyPrefill, Lookahead
-from lazyahead.draft.budget import RowCost, Step, choose
+from lazyahead.draft.budget import Step
 from lazyahead.draft.drafter import Drafter, NoDrafter
+from lazyahead.draft.learned_cost import LearnedRowCost
 from lazyahead.draft.tree import Draft
 from lazyahead.draft.verify import walk
-from lazyahead.draft.watch import WatchedCost
 from lazyahead.engine.model_runner import Runner
 from lazyahead.engine.request import Request
 from lazyahead.errors import ConfigError
@@ -43,7 +43,7 @@ class Engine:
         decode: Lookahead | None,
         *,
         drafter: Drafter | None = None,
-        row_cost: Callable[[], RowCost] | None = None,
+        row_cost: LearnedRowCost | None = None,
         prefill_chunk_size: int = 512,
         max_running: int = 64,
     ) -> None:
@@ -54,7 +54,8 @@ class Engine:
         self.runner, self.prefill, self.decode = runner, prefill, decode
         self.drafter = drafter or NoDrafter()
         self.prefill_chunk_size, self.max_running = prefill_chunk_size, max_running
-        self._row_cost = WatchedCost(row_cost) if row_cost is not None else None
+        self.row_cost = row_cost
+        self._step: Step | None = None  # what the drafts of the current pass are for
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._attached: list[AbstractContextManager[Any]] = []
@@ -119,7 +120,7 @@ class Engine:
         try:
             logits = self._forward(segments)
             runs = self._verify(segments, logits)
-            self._watch(segments, time.perf_counter() - begin)
+            self._note_cost(segments, runs, time.perf_counter() - begin)
             self._commit(runs)
         except BaseException:
             for request, segment in segments:
@@ -213,12 +214,11 @@ class Engine:
             sum(len(request.session) for request in writing),
             self.decode.decoding_length,
         )
-        cost = self._row_cost.cost if self._row_cost is not None else None
-        steps = (
-            [Step(cost, len(writing), others, num_context // len(writing))]
-            if cost is not None
-            else []
-        )
+        self._step = None
+        if self.row_cost is not None:
+            num_context //= len(writing)
+            self._step = self.row_cost.step(len(writing), others, num_context)
+        steps = [self._step] if self._step is not None else []
         for request in writing:
             request.proposed = Draft.EMPTY
             room = request.max_new_tokens - len(request.answer) - 1
@@ -227,24 +227,29 @@ class Engine:
             if request.drafts is not None and room > 0 and steady:
                 request.proposed = request.drafts.propose(limit, *steps).within(room)
             request.draft = request.proposed
-        if self._row_cost is not None and any(request.proposed.probs for request in writing):
-            at_hand = self._row_cost.get().at(num_context // len(writing))
-            counts = choose([request.proposed.probs for request in writing], at_hand, others)
+        if self.row_cost is None or self._step is None:
+            return
+        guessed = [request for request in writing if request.proposed.probs]
+        if guessed:
+            probs = [request.proposed.probs for request in writing]
+            counts = self.row_cost.choose(probs, self._step)
             for request, count in zip(writing, counts, strict=True):
                 if request.proposed.probs:
                     request.draft = request.proposed.best(count)
 
-    def _watch(self, segments: Sequence[tuple[Request, Segment]], seconds: float) -> None:
-        """What rows cost is told how long a pass took in which all are writing."""
-        if (
-            self._row_cost is not None
-            and segments
-            and all(segment.reading is None for _, segment in segments)
-        ):
-            rows = sum(len(segment.token_ids) for _, segment in segments)
-            self._row_cost.note(
-                rows, sum(len(request.session) for request, _ in segments) // len(segments), seconds
-            )
+    def _note_cost(
+        self,
+        segments: Sequence[tuple[Request, Segment]],
+        runs: Sequence[tuple[Request, Segment, list[int], list[int]]],
+        seconds: float,
+    ) -> None:
+        """What a pass took in which all requests are decoding."""
+        step = self._step
+        if self.row_cost is None or step is None or not segments:
+            return
+        if all(segment.reading is None for _, segment in segments):
+            rows = sum(len(segment.token_ids) for _, segment in segments) + step.other_rows
+            self.row_cost.note(step, rows, sum(len(run[2]) for run in runs), seconds)
 
     def _write(self, request: Request) -> Segment:
         draft = request.draft
@@ -368,6 +373,8 @@ class Engine:
         request.session.in_use = False
         if request.drafts is not None:
             request.drafts.stop(remember=reason in ("stop", "length"))
+            if self.row_cost is not None:
+                self.row_cost.save()
         for queue in (self._running, self._waiting):
             if request in queue:
                 queue.remove(request)
