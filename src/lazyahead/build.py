@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from lazyahead.config import LazyPrefill, Lookahead
 from lazyahead.draft.factory import drafter_for
-from lazyahead.draft.question_order import spelling
 from lazyahead.engine.engine import Engine
 from lazyahead.engine.row_cost import row_cost_of
 from lazyahead.errors import UnsupportedModelError
@@ -41,7 +40,7 @@ def engine_for(
             raise UnsupportedModelError(f"{name} can only decode: {support.reason}; {remedy}")
         return Engine(PlainRunner(model), None, None)
     runner = Runner(model, spec)
-    drafter = drafter_for(decode, partial(owner_of, model, tokenizer), spelling(tokenizer))
+    drafter = drafter_for(decode, partial(owner_of, model, tokenizer))
     return Engine(
         runner,
         prefill,

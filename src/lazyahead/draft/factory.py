@@ -5,24 +5,20 @@ from collections.abc import Callable
 from lazyahead.draft.answers import AnswerLog, Owner
 from lazyahead.draft.config import Lookahead
 from lazyahead.draft.drafter import Drafter, NoDrafter
-from lazyahead.draft.question_order import Spell
 from lazyahead.draft.trie import TokenTrie
 from lazyahead.draft.trie_drafter import TrieDrafter
 
 
-def drafter_for(
-    decode: Lookahead | None, owner: Callable[[], Owner] = Owner, spell: Spell | None = None
-) -> Drafter:
+def drafter_for(decode: Lookahead | None, owner: Callable[[], Owner] = Owner) -> Drafter:
     """A trie for `Lookahead`, nothing for None. Requests share nothing unless the config names a
     memory.
 
-    `owner` tells whose token ids these are, and is asked only then; `spell` what they spell. Raises
-    MemoryFileError.
+    `owner` tells whose token ids these are, and is called only then. Raises MemoryFileError.
     """
     if decode is None:
         return NoDrafter()
     if decode.memory is None:
-        return TrieDrafter(decode.branch_length, decode.mode, capacity_bytes=0, spell=spell)
+        return TrieDrafter(decode.branch_length, decode.mode, capacity_bytes=0)
     log = open_log(decode.memory, owner(), decode.capacity_bytes)
     drafter = TrieDrafter(
         decode.branch_length,
@@ -30,7 +26,6 @@ def drafter_for(
         capacity_bytes=decode.capacity_bytes,
         log=log,
         prompt_tokens=decode.memory_prompt_tokens,
-        spell=spell,
     )
     drafter.namespace(decode.namespace)  # read now, not when the first answer waits for it
     return drafter
