@@ -5,10 +5,12 @@ figures are kept apart by context length (below 512 tokens, then by octaves), an
 row count (exactly up to 4 rows, then two ranges an octave). From them follows a `RowCost` curve.
 
 A row count's price is a weighted mean of three things: the low quantile of its latest seconds
-(noise only adds), the stated prior, whose weight halves every 64 passes, and the price of the next
-smaller row count. The last makes row counts that were not seen, or not lately, look cheap, so that
-they are tried. What a trial may cost is bounded twice: a step never has more than twice the rows
-that were tried before (so it costs at most two steps), and `LossLimit` has to allow it.
+(noise only adds), a prior, and the price of the next smaller row count. The prior is what was
+learned over the best known context, else what is stated for the device, whose weight halves every
+64 passes. The price of the next smaller row count makes those look cheap that were not seen, or not
+lately, so that they are tried. What a trial may cost is bounded twice: a step never has more than
+twice the rows that were tried before (so it costs at most two steps), and `LossLimit` has to allow
+it.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ _PRIOR_HALF_LIFE = 64  # passes
 _SAMPLE_HALF_LIFE = 256  # passes since the latest one
 _MAX_PASSES_WITHOUT_PLAIN = 256  # then one step is made without drafts, to know what it costs
 _NUM_PLAIN = 2  # steps without drafts before the first one with
-_NUM_KNOWN = 4.0  # samples from which on a price is used in place of a single measurement
+_NUM_KNOWN = 3.5  # samples from which on a price is used in place of a single measurement
 
 
 def prior_for(device_type: str, dtype: str) -> RowCost:
@@ -86,9 +88,9 @@ class _Samples:
         return sorted(self.latest)[len(self.latest) // 4]
 
     def weight(self, now: int) -> float:
-        """How many samples these are worth at pass `now`."""
+        """How many sure samples these are worth at pass `now`; a single one is half sure."""
         age = now - self.last_pass
-        return float(len(self.latest) * 0.5 ** (age / _SAMPLE_HALF_LIFE))
+        return max(0.0, len(self.latest) - 0.5) * float(0.5 ** (age / _SAMPLE_HALF_LIFE))
 
 
 class _CostTable:
@@ -113,24 +115,30 @@ class _CostTable:
         """Largest row count that was seen; 0: none was."""
         return max((samples.typical[1] for samples in self.samples if samples.latest), default=0)
 
-    def num_samples(self, rows: int) -> float:
-        """What the samples of this row count are worth."""
-        return self.samples[_place_of(rows)].weight(self.num_passes)
-
-    def needs_plain(self, rows: int) -> bool:
-        """Whether steps of `rows` rows were seen less than twice, or not lately."""
+    def typical(self, rows: int) -> float:
+        """Seconds of steps with about so many rows; 0.0 where too few were seen lately."""
         samples = self.samples[_place_of(rows)]
-        age = self.num_passes - samples.last_pass
-        return len(samples.latest) < _NUM_PLAIN or age > _MAX_PASSES_WITHOUT_PLAIN
+        if samples.weight(self.num_passes) < _NUM_KNOWN:
+            return 0.0
+        return samples.typical[0]
 
-    def curve(self, prior: RowCost) -> RowCost:
-        """Remade every few passes, at most 16."""
+    def knows(self, rows: int) -> bool:
+        """Whether steps of `rows` rows were seen more than once."""
+        return len(self.samples[_place_of(rows)].latest) >= _NUM_PLAIN
+
+    def saw_lately(self, rows: int) -> bool:
+        last_pass = self.samples[_place_of(rows)].last_pass
+        return self.num_passes - last_pass <= _MAX_PASSES_WITHOUT_PLAIN
+
+    def curve(self, prior: RowCost, is_learned: bool) -> RowCost:
+        """Remade every few passes, at most 16. `is_learned` tells a prior learned over another
+        context, which keeps its weight, from a stated one."""
         if self._curve is None:
-            self._curve = self._make_curve(prior)
+            self._curve = self._make_curve(prior, is_learned)
             self._curve_pass = self.num_passes
         return self._curve
 
-    def _make_curve(self, prior: RowCost) -> RowCost:
+    def _make_curve(self, prior: RowCost, is_learned: bool) -> RowCost:
         first = next((i for i, samples in enumerate(self.samples) if samples.latest), None)
         if first is None:
             return prior
@@ -139,7 +147,8 @@ class _CostTable:
         points = [(edge, scale * prior.seconds(edge)) for edge in _EDGES[:first]]
         points.append((rows, price))
         limit = 2 * self.max_rows
-        prior_weight = _PRIOR_WEIGHT * 0.5 ** (self.num_passes / _PRIOR_HALF_LIFE)
+        num_passes = 0 if is_learned else self.num_passes
+        prior_weight = _PRIOR_WEIGHT * 0.5 ** (num_passes / _PRIOR_HALF_LIFE)
         for place in range(first + 1, len(_EDGES)):
             samples = self.samples[place]
             before = rows
@@ -190,7 +199,11 @@ class LearnedRowCost:
     def curve(self, num_context: int = 0) -> RowCost:
         """Seconds by rows over a context of so many tokens; in the prior's unit before any pass."""
         with self._lock:
-            return self._table(num_context).curve(self._prior_at(num_context))
+            table = self._table(num_context)
+            other = self._best_known()
+            if other is table:
+                return table.curve(self.prior, is_learned=False)
+            return table.curve(other.curve(self.prior, is_learned=False), is_learned=True)
 
     def step(self, num_requests: int = 1, other_rows: int = 0, num_context: int = 0) -> Step:
         """The next decoding step: of `num_requests`, with `other_rows` besides their roots and
@@ -203,13 +216,13 @@ class LearnedRowCost:
         with self._lock:
             table = self._table(step.num_context)
             base = step.base_rows
-            if table.needs_plain(base):
+            if not (table.knows(base) and table.saw_lately(base)):
                 return [0] * len(candidates)
             return choose(
                 candidates,
                 step.cost,
                 step.other_rows,
-                max_rows=2 * max(base, self._max_rows(step.num_context)),
+                max_rows=2 * max(base, table.max_rows, self._best_known().max_rows),
                 max_seconds=step.cost.seconds(base) * (1.0 + self.loss_limit.balance),
             )
 
@@ -226,9 +239,8 @@ class LearnedRowCost:
             if num_rows > base:
                 curve = self.curve(step.num_context)
                 plain = curve.seconds(base)
-                expected = curve.seconds(num_rows)
-                is_known = table.num_samples(num_rows) >= _NUM_KNOWN
-                taken = expected if is_known else min(seconds, 2.0 * expected)
+                typical = table.typical(num_rows)
+                taken = typical or min(seconds, 2.0 * curve.seconds(num_rows))
                 cost = max(0.0, min(taken / plain, num_rows / base) - 1.0)
             self.loss_limit.note(cost, max(0, num_tokens / step.num_requests - 1.0))
 
@@ -289,23 +301,9 @@ class LearnedRowCost:
             self._tables[place] = _CostTable()
         return self._tables[place]
 
-    def _nearest(self, num_context: int) -> _CostTable | None:
-        """The table of another context range that is nearest; None where no other has any."""
-        here = _range_of(num_context)
-        known = [place for place in self._tables if place != here and self._tables[place].max_rows]
-        if not known:
-            return None
-        return self._tables[min(known, key=lambda place: abs(place - here))]
-
-    def _prior_at(self, num_context: int) -> RowCost:
-        """The costs over the nearest other context, once they were seen there."""
-        other = self._nearest(num_context)
-        return other.curve(self.prior) if other is not None else self.prior
-
-    def _max_rows(self, num_context: int) -> int:
-        other = self._nearest(num_context)
-        here = self._table(num_context).max_rows
-        return max(here, other.max_rows if other is not None else 0)
+    def _best_known(self) -> _CostTable:
+        """The table of most passes, from which the others start."""
+        return max(self._tables.values(), key=lambda table: table.num_passes)
 
 
 def _place_of(rows: int) -> int:
