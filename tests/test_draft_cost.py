@@ -12,9 +12,9 @@ from lazyahead.draft.learned_cost import (
     CPU_FLOAT32,
     GPU,
     LearnedRowCost,
-    LossLimit,
     prior_for,
 )
+from lazyahead.draft.loss_limit import LossLimit
 from lazyahead.draft.tree import Draft, Source
 
 PRIORS = {"cpu_float32": CPU_FLOAT32, "cpu_bfloat16": CPU_BFLOAT16, "gpu": GPU}

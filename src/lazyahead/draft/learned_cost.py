@@ -26,6 +26,7 @@ from threading import RLock
 from typing import Any, Self
 
 from lazyahead.draft.budget import RowCost, Step, choose
+from lazyahead.draft.loss_limit import LossLimit
 from lazyahead.errors import ConfigError
 
 CPU_FLOAT32 = RowCost([(1, 1.0), (3, 1.1), (4, 2.0), (8, 3.2), (16, 6.0), (32, 12.0)])
@@ -50,24 +51,6 @@ def prior_for(device_type: str, dtype: str) -> RowCost:
     if device_type != "cpu":
         return GPU
     return CPU_FLOAT32 if dtype in ("float32", "float64") else CPU_BFLOAT16
-
-
-class LossLimit:
-    """Bounds what drafting may lose, counted in steps without drafts.
-
-    `balance` is what the next step may lose. It grows by `rate` with every step and by the steps
-    that accepted tokens save, shrinks by what drafted rows cost, and is at most `cap`. So over any
-    number of steps, drafting loses at most `rate` of the time and `start` steps.
-    """
-
-    def __init__(self, rate: float = 0.01, start: float = 1.5, cap: float = 32.0) -> None:
-        self.rate = rate
-        self.cap = cap
-        self.balance = start
-
-    def note(self, cost: float, gain: float) -> None:
-        """A step that cost so many steps more than one without drafts, and saved so many."""
-        self.balance = min(self.balance + self.rate + gain - cost, self.cap)
 
 
 class _Samples:
