@@ -1,12 +1,10 @@
 """What holds for every session whatever happens to it: nothing computed twice, nothing lost, every
 key as by hand."""
 
-import copy
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import (
@@ -22,7 +20,6 @@ from support import (
     finish,
     prompts,
     request_for,
-    tiny,
 )
 
 from lazyahead.config import LazyPrefill

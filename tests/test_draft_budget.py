@@ -157,12 +157,20 @@ def test_before_anything_is_learned_longer_matches_are_surer():
     assert 0 < firsts[0] < firsts[-1] < 1
 
 
-def test_row_costs_rise_with_the_context_where_it_was_measured():
-    cost = RowCost([(1, 0.01), (8, 0.02)], (1e-6, 3e-6))
-    assert cost.at(100).seconds(8) == cost.seconds(8)
-    assert cost.at(4096).seconds(1) == pytest.approx(0.01 + 4096e-6)
-    assert cost.at(4096).seconds(8) == pytest.approx(0.02 + 3 * 4096e-6)
-    assert RowCost.from_json(cost.to_json()).at(4096).points == cost.at(4096).points
-    assert RowCost([(1, 0.01)]).at(4096).seconds(1) == 0.01
-    with pytest.raises(ConfigError, match="per_token"):
-        RowCost([(1, 0.01)], (1e-6, 2e-6))
+def test_longer_matches_of_one_source_are_never_trusted_less():
+    acceptance = Acceptance()
+    for length in (1, 2, 4, 8, 16):
+        acceptance.rates(Source.PROMPT, length)[0] = 1.0 / length
+    trusts = [acceptance.trust(Source.PROMPT, length) for length in (1, 2, 4, 8, 16)]
+    assert all(a < b for a, b in itertools.pairwise(trusts))
+
+
+def test_tables_of_a_curve_are_its_seconds_and_the_fewest_that_a_further_row_adds():
+    cost = RowCost([(1, 1.0), (3, 1.1), (4, 2.0), (8, 3.0)])
+    seconds, least = cost.tables(20)
+    assert [seconds[n] for n in (1, 3, 4, 8, 20)] == pytest.approx([1.0, 1.1, 2.0, 3.0, 6.0])
+    assert [least[n] for n in (1, 3, 4, 8)] == pytest.approx([0.05, 0.25, 0.25, 0.25])
+
+
+def test_rows_never_cost_more_than_the_steps_they_could_go_in():
+    assert RowCost([(1, 1.0), (2, 50.0), (7, 90.0)]).points == ((1, 1.0), (2, 2.0), (7, 8.0))

@@ -96,7 +96,7 @@ def test_history_never_crowds_out_the_text_at_hand(num_answers):
 
 
 def test_a_request_leaves_nothing_behind_unless_asked():
-    drafter = TrieDrafter()
+    drafter = TrieDrafter(prompt_tokens=3)
     for remember in (False, True):
         request = drafter.start([1, 2, 3])
         request.extend([4, 5, 6])
@@ -111,6 +111,15 @@ def test_a_request_leaves_nothing_behind_unless_asked():
     ]  # the prompt's end leads to its answer
     drafter.forget()
     assert drafter.start([4, 5]).propose(8) == Draft.EMPTY
+
+
+def test_acceptance_is_learned_between_requests_that_share_no_text():
+    drafter = TrieDrafter(capacity_bytes=0)
+    first = drafter.namespace().acceptance.rates(Source.PROMPT, 4)[0]
+    replay(drafter, [([1, 2, 3, 4, 9, 1, 2, 3, 4], [9, 1, 2, 3, 4] * 10)])
+    assert drafter.namespace().shared is None
+    assert drafter.namespace().acceptance.rates(Source.PROMPT, 4)[0] != first
+    assert drafter.start([1, 2, 3]).propose(8) == TrieDrafter().start([1, 2, 3]).propose(8)
 
 
 def test_a_running_answer_is_drafted_from_too_and_sources_are_told_apart():

@@ -1,6 +1,5 @@
 """Drafting changes how fast a text is written, never the text."""
 
-from dataclasses import replace
 from itertools import product
 
 import pytest

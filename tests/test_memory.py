@@ -1,6 +1,7 @@
 """The memory of answers: what it brings, whom it serves, and that nothing is shared without it."""
 
 import sqlite3
+import struct
 from dataclasses import replace
 
 import pytest
@@ -13,13 +14,19 @@ from transformers import AutoModelForCausalLM
 from lazyahead import LLM, Lookahead, Sampling, accelerate
 from lazyahead.draft.answers import AnswerLog, Owner
 from lazyahead.draft.factory import drafter_for
-from lazyahead.draft.trie_drafter import NUM_LEAD
+from lazyahead.draft.tree import Source
 from lazyahead.errors import ConfigError, MemoryFileError
 from lazyahead.hf.fingerprint import owner_of, tokenizer_fingerprint
 
 PROMPT = "The code of the red door is"
 texts = st.lists(st.integers(0, 3), max_size=40)
 SAMPLING = Sampling(max_new_tokens=24, temperature=1.0, seed=3, ignore_eos=True)
+
+
+@pytest.fixture(autouse=True)
+def all_drafts(monkeypatch):
+    """Every draft is verified, so that the number of steps does not depend on the clock."""
+    monkeypatch.setattr("lazyahead.build.row_cost_of", lambda model: None)
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +77,41 @@ def test_a_namespace_never_changes_the_drafts_of_another(tmp_path_factory, histo
 
 
 def test_an_answer_is_found_from_its_first_token_on_in_another_process_life(tmp_path):
-    config = Lookahead(memory=str(tmp_path / "answers.db"))
+    config = Lookahead(memory=str(tmp_path / "answers.db"), memory_prompt_tokens=16)
     prompt, answer = list(range(100, 150)), list(range(200, 240))
     live(drafter_for(config, lambda: Owner("m")), [("default", prompt, answer)])
     request = drafter_for(config, lambda: Owner("m")).start([7, 7, *prompt[-4:]])
     assert list(request.propose(8).token_ids) == answer[:8]
     with AnswerLog(config.memory) as log:
-        assert list(log.answers()) == [prompt[-NUM_LEAD:] + answer]
+        assert list(log.answers()) == [prompt[-16:] + answer]
+
+
+def bytes_in(folder):
+    """All that stands on the disk, journals included."""
+    return b"".join(path.read_bytes() for path in sorted(folder.iterdir()))
+
+
+@pytest.mark.parametrize("num_kept", [0, 4])
+@pytest.mark.parametrize("is_open", [True, False])
+def test_no_more_of_a_prompt_stands_in_the_file_than_was_allowed(tmp_path, num_kept, is_open):
+    config = Lookahead(memory=str(tmp_path / "answers.db"), memory_prompt_tokens=num_kept)
+    drafter = drafter_for(config, lambda: Owner("m"))
+    prompts = [[0x5EC0_0000 + 0x101 * n + turn for n in range(40)] for turn in (1, 2)]
+    answer = [0x0A50_0000 + 0x101 * n for n in range(20)]
+    request = drafter.start(prompts[0])
+    request.extend(answer)
+    request.extend(prompts[1], Source.PROMPT)  # the next turn of a conversation
+    request.extend(answer)
+    request.stop(remember=True)
+    if not is_open:
+        drafter.log.close()
+    held = bytes_in(tmp_path)
+    assert struct.pack("<20I", *answer) in held
+    for turn, prompt in enumerate(prompts):
+        found = [token for token in prompt if struct.pack("<I", token) in held]
+        assert found == (prompt[40 - num_kept :] if turn == 1 else [])
+    request = drafter_for(config, lambda: Owner("m")).start([*prompts[1], answer[0]])
+    assert list(request.propose(8).token_ids)[:7] == answer[1:8]
 
 
 def test_remembered_answers_save_steps_and_change_no_text(model, tmp_path):
@@ -178,6 +213,8 @@ def test_a_model_is_known_in_every_dtype_and_apart_from_others(folder, model):
         ("memory", ""),
         ("memory", 3),
         ("namespace", ""),
+        ("memory_prompt_tokens", -1),
+        ("memory_prompt_tokens", True),
     ],
 )
 def test_settings_that_mean_nothing_are_refused_by_the_config(field, value):

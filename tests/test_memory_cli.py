@@ -68,8 +68,7 @@ def test_import_list_and_clear_make_a_round_trip(model, file, tmp_path, last_jso
     assert values.keys() >= COMMON | {"files", "sequences", "tokens"}
     assert (values["files"], values["sequences"]) == (2, 4)
     assert held(file, "x")[0] == ANSWER
-    assert held(file, "x")[1].startswith("Which code?"[-16:])
-    assert held(file, "x")[1].endswith(ANSWER + "</s>")
+    assert held(file, "x")[1] == ANSWER + "</s>"  # nothing of its prompt
     assert held(file, "x")[3] == ANSWER * 2
     listed = last_json("list", "-f", file)
     assert listed.keys() >= COMMON

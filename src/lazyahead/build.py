@@ -4,15 +4,13 @@ runs it."""
 from __future__ import annotations
 
 from functools import partial
-from itertools import count
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from lazyahead.config import LazyPrefill, Lookahead
-from lazyahead.draft.budget import RowCost
-from lazyahead.draft.factory import drafter_for
-from lazyahead.draft.question_order import spelling
+from lazyahead.draft.drafter import Drafter
+from lazyahead.draft.factory import strategy_for
 from lazyahead.engine.engine import Engine
 from lazyahead.engine.row_cost import row_cost_of
 from lazyahead.errors import UnsupportedModelError
@@ -26,7 +24,7 @@ def engine_for(
     model: PreTrainedModel,
     tokenizer: Any,
     prefill: LazyPrefill | None,
-    decode: Lookahead | None,
+    decode: Lookahead | Drafter | None,
     prefill_chunk_size: int = 512,
 ) -> Engine:
     """Raises UnsupportedModelError, naming the family and the reason, when the model cannot do what
@@ -43,17 +41,14 @@ def engine_for(
             raise UnsupportedModelError(f"{name} can only decode: {support.reason}; {remedy}")
         return Engine(PlainRunner(model), None, None)
     runner = Runner(model, spec)
-    drafter = drafter_for(decode, partial(owner_of, model, tokenizer), spelling(tokenizer))
-    calls = count()  # from the second on the curve is measured anew
-
-    def row_cost() -> RowCost:
-        return row_cost_of(model, runner, again=next(calls) > 0)
-
+    owner = partial(owner_of, model, tokenizer)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    strategy = strategy_for(decode, owner, vocab_size)
     return Engine(
         runner,
         prefill,
-        decode,
-        drafter=drafter,
-        row_cost=row_cost,
+        strategy.config,
+        drafter=strategy.drafter,
+        row_cost=row_cost_of(model) if decode is not None else None,
         prefill_chunk_size=prefill_chunk_size,
     )

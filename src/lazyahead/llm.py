@@ -13,6 +13,7 @@ from lazyahead.build import engine_for
 from lazyahead.cache.session import Session, shared_prefix
 from lazyahead.cache.session_file import load_session, save_session
 from lazyahead.config import LazyPrefill, Lookahead
+from lazyahead.draft.drafter import Drafter
 from lazyahead.engine.request import Request
 from lazyahead.errors import ContextLengthError, RequestError
 from lazyahead.hf.load import eos_ids, load, max_context
@@ -32,7 +33,8 @@ class LLM:
 
     `model` is a folder, a hub name, or a loaded model (then give its `tokenizer`, or pass prompts
     as token ids); None is the built-in reader. `prefill` and `decode` say how it reads and writes;
-    None for plainly. Raises ModelError when it cannot be loaded or does not support what was asked.
+    None for plainly. `decode` may also be a drafter of your own. Raises ModelError when the model
+    cannot be loaded or does not support what was asked.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class LLM:
         dtype: str = "auto",
         device: str = "auto",
         prefill: LazyPrefill | None = LazyPrefill(),  # noqa: B008 (frozen)
-        decode: Lookahead | None = None,
+        decode: Lookahead | Drafter | None = None,
         prefill_chunk_size: int = 512,
     ) -> None:
         is_reader = model is None

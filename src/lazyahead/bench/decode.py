@@ -16,6 +16,7 @@ from lazyahead.bench.meter import Meter, metered, row_cost
 from lazyahead.bench.sides import Shot, Side, ours, plain_transformers, prompt_lookup
 from lazyahead.bench.workloads import Workload
 from lazyahead.config import Lookahead
+from lazyahead.draft.drafter import Drafter
 from lazyahead.llm import LLM
 
 Progress = Callable[[str], None]
@@ -103,7 +104,8 @@ def measure_memory(
 
     Rounds repeat the second half, so its own answers are not remembered.
     """
-    decode, half = llm.decode or Lookahead(), len(work.prompts) // 2
+    decode = llm.decode if isinstance(llm.decode, Lookahead) else Lookahead()
+    half = len(work.prompts) // 2
     plain, cold, warm = (
         _with(llm, None),
         _with(llm, decode),
@@ -123,7 +125,7 @@ def measure_memory(
     return _row(later, 1, rounds, drafted, undrafted)
 
 
-def _with(llm: LLM, decode: Lookahead | None) -> LLM:
+def _with(llm: LLM, decode: Lookahead | Drafter | None) -> LLM:
     return LLM(llm.model, tokenizer=llm.tokenizer, prefill=llm.prefill, decode=decode)
 
 

@@ -33,7 +33,6 @@ class Origin(NamedTuple):
 OWN = Origin("model", "the model's own", "none")
 ORIGINS: dict[Source | None, Origin] = {
     Source.PROMPT: Origin("prompt", "from the prompt", "underline cyan"),
-    Source.ASKED: Origin("prompt", "from the prompt", "underline cyan"),
     Source.OUTPUT: Origin("answer", "from the answer", "bold yellow"),
     Source.MEMORY: Origin("memory", "from memory", "italic magenta"),
     None: OWN,

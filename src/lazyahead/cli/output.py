@@ -34,7 +34,9 @@ def record(
 ) -> dict[str, Any]:
     """What `--json` prints: the results, and all that is needed to get them again."""
     prefill = llm.prefill.to_dict() if llm.prefill else None
-    decode = llm.decode.to_dict() if llm.decode else None
+    from lazyahead.draft.factory import describe
+
+    decode = describe(llm.decode)
     where = (llm.model.device, llm.model.dtype)
     return envelope(
         llm.name, where, {"prefill": prefill, "decode": decode, **config}, seed, runs, results

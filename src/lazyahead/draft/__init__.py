@@ -1,1 +1,1 @@
-"""Guessing ahead: token trie, drafts, row budget, verification, memory of answers. Knows no model."""
+"""Drafting: token trie, drafts, row budget, verification, memory of answers. Needs no model."""

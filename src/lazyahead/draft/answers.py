@@ -35,10 +35,15 @@ CREATE TABLE answers (
     tokens BLOB NOT NULL
 );
 CREATE INDEX by_namespace ON answers (namespace, id, num_tokens);
-CREATE TABLE usage (namespace TEXT PRIMARY KEY, num_answers INTEGER NOT NULL, num_tokens INTEGER NOT NULL);
+CREATE TABLE usage (
+    namespace TEXT PRIMARY KEY,
+    num_answers INTEGER NOT NULL,
+    num_tokens INTEGER NOT NULL
+);
 CREATE TRIGGER added AFTER INSERT ON answers BEGIN
     INSERT INTO usage VALUES (new.namespace, 1, new.num_tokens)
-    ON CONFLICT DO UPDATE SET num_answers = num_answers + 1, num_tokens = num_tokens + new.num_tokens;
+    ON CONFLICT DO UPDATE
+    SET num_answers = num_answers + 1, num_tokens = num_tokens + new.num_tokens;
 END;
 CREATE TRIGGER dropped AFTER DELETE ON answers BEGIN
     UPDATE usage SET num_answers = num_answers - 1, num_tokens = num_tokens - old.num_tokens
@@ -144,7 +149,8 @@ class AnswerLog:
         while True:
             with self._errors_named():
                 rows = self._db.execute(
-                    "SELECT id, num_tokens, tokens FROM answers WHERE namespace = ? AND id > ? ORDER BY id LIMIT ?",
+                    "SELECT id, num_tokens, tokens FROM answers "
+                    "WHERE namespace = ? AND id > ? ORDER BY id LIMIT ?",
                     (namespace, last, _PAGE),
                 ).fetchall()
             if not rows:
@@ -160,7 +166,8 @@ class AnswerLog:
         """What is held, oldest first, of one namespace or of all."""
         with self._errors_named():
             rows = self._db.execute(
-                "SELECT id, namespace, created, num_tokens FROM answers WHERE ?1 IS NULL OR namespace = ?1 ORDER BY id",
+                "SELECT id, namespace, created, num_tokens FROM answers "
+                "WHERE ?1 IS NULL OR namespace = ?1 ORDER BY id",
                 (namespace,),
             ).fetchall()
         return [Record(*row) for row in rows]
@@ -243,7 +250,8 @@ class AnswerLog:
         for key, held, mine in zip(Owner._fields, self.owner, owner, strict=True):
             if None not in (held, mine) and held != mine:
                 raise MemoryFileError(
-                    f"answers log {self.path} belongs to {key} {held!r}, not {mine!r}: choose another path"
+                    f"answers log {self.path} belongs to {key} {held!r}, not {mine!r}: choose "
+                    "another path"
                 )
 
     def _create(self) -> None:

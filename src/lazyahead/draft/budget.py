@@ -10,70 +10,44 @@ from itertools import pairwise
 from math import pow
 from typing import NamedTuple
 
+import numpy as np
+
 from lazyahead.draft.tree import ROOT, Draft, Source
 from lazyahead.errors import ConfigError
-
-_CONTEXT_STEP = 256
 
 
 @dataclass(frozen=True)
 class RowCost:
-    """Seconds of a decoding step by its number of rows, as measured on one model, device and dtype.
+    """Seconds of a decoding step by its number of rows, on one model, device and dtype.
 
     `points` are (rows, seconds); between them the curve is a line, beyond the last it goes on as
-    the last line does, it never falls (a measurement that does is noise), and n times the rows
-    never cost more than n steps. `per_token` holds the seconds that each token of context adds, for
-    the rows of `points`; empty: none. Raises ConfigError without points, for rows below 1, seconds
-    not above 0, or a `per_token` that does not fit.
+    the last line does, it never falls (a point that does is noise), and n times the rows never cost
+    more than n steps. Raises ConfigError without points, for rows below 1, or seconds not above 0.
     """
 
     points: Sequence[tuple[int, float]]
-    per_token: Sequence[float] = ()
-    is_sure: bool = True
-    """Whether measuring again gave the same."""
 
     def __post_init__(self) -> None:
         points = sorted((int(rows), float(seconds)) for rows, seconds in self.points)
-        if (
-            not points
-            or points[0][0] < 1
-            or not all(0 < seconds < float("inf") for _, seconds in points)
-        ):
+        is_timed = all(0 < seconds < float("inf") for _, seconds in points)
+        if not points or points[0][0] < 1 or not is_timed:
             raise ConfigError(
                 f"row cost needs points of rows >= 1 and seconds > 0, got {list(self.points)}"
             )
-        lowest, rising = float("inf"), dict[int, float]()
-        for rows, seconds in reversed(
-            points
-        ):  # noise only adds: a step costs no more than a larger one
+        lowest = float("inf")
+        rising: dict[int, float] = {}
+        for rows, seconds in reversed(points):  # noise only adds: fewer rows cost no more
             lowest = rising[rows] = min(lowest, seconds)
         for fewer, rows in pairwise(sorted(rising)):  # rows can always go in several steps
             rising[rows] = min(rising[rows], -(-rows // fewer) * rising[fewer])
         object.__setattr__(self, "points", tuple(sorted(rising.items())))
-        if self.per_token and (
-            len(self.per_token) != len(rising) or not all(0 <= s < 1 for s in self.per_token)
-        ):
-            raise ConfigError(
-                f"per_token needs seconds >= 0 for each of {len(rising)} points, got {self.per_token}"
-            )
-
-    def at(self, num_tokens: int) -> "RowCost":
-        """The curve over a context of about so many tokens."""
-        place = num_tokens // _CONTEXT_STEP
-        if not self.per_token or not place:
-            return self
-        if place not in self._by_context:
-            added = [place * _CONTEXT_STEP * seconds for seconds in self.per_token]
-            self._by_context[place] = RowCost(
-                [(r, s + more) for (r, s), more in zip(self.points, added, strict=True)]
-            )
-        return self._by_context[place]
 
     def seconds(self, rows: int) -> float:
         """Of one step with this many rows (1 = the last token alone)."""
         table = self._table
-        while len(table) <= rows:
-            table.append(self._interpolate(len(table)))
+        if len(table) <= rows:  # a new list, as another thread may read the old one
+            table = self._make_table(max(rows + 1, 2 * len(table), 80))
+            self.__dict__["_table"] = table
         return table[rows]
 
     def __call__(self, rows: int) -> float:
@@ -90,17 +64,13 @@ class RowCost:
         return choose([[1.0] * limit], self, other_rows, min_gain=0.0)[0]
 
     def to_json(self) -> str:
-        return json.dumps({"row_cost": self.points, "per_token": self.per_token})
+        return json.dumps({"row_cost": self.points})
 
     @classmethod
     def from_json(cls, text: str) -> "RowCost":
         """Raises ConfigError for a text that `to_json` did not write."""
         try:
-            values = json.loads(text)
-            return cls(
-                [(rows, seconds) for rows, seconds in values["row_cost"]],
-                tuple(values.get("per_token", ())),
-            )
+            return cls([(rows, seconds) for rows, seconds in json.loads(text)["row_cost"]])
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"not a row cost: {text[:80]!r}") from error
 
@@ -109,15 +79,11 @@ class RowCost:
         there on adds."""
         if len(self._least) <= rows:
             last = max(rows, self.points[-1][0])  # from where on all rows add the same
-            least = [self.seconds(last + 1) - self.seconds(last)]
-            for n in range(last - 1, -1, -1):
-                least.append(min(least[-1], self.seconds(n + 1) - self.seconds(n)))
-            self._least[:] = least[::-1]
+            self.seconds(last + 1)
+            added = np.diff(np.array(self._table[: last + 2]))
+            least = np.minimum.accumulate(added[::-1])[::-1]
+            self.__dict__["_least"] = least.tolist()
         return self._table, self._least
-
-    @cached_property
-    def _by_context(self) -> dict[int, "RowCost"]:
-        return {}
 
     @cached_property
     def _table(self) -> list[float]:
@@ -127,14 +93,16 @@ class RowCost:
     def _least(self) -> list[float]:
         return []
 
-    def _interpolate(self, rows: int) -> float:
-        points = self.points
-        if len(points) == 1 or rows <= points[0][0]:
-            return points[0][1]
-        i = next((i for i in range(1, len(points)) if rows <= points[i][0]), len(points) - 1)
-        (r0, s0), (r1, s1) = points[i - 1], points[i]
-        seconds = s0 + (s1 - s0) * (rows - r0) / (r1 - r0)
-        return min(seconds, s1) if rows <= r1 else seconds  # rounding never makes a curve fall
+    def _make_table(self, num_rows: int) -> list[float]:
+        """Seconds by row count, below `num_rows`."""
+        known, seconds = np.array(self.points).T
+        rows = np.arange(num_rows)
+        table = np.interp(rows, known, seconds)
+        if len(known) > 1:
+            slope = (seconds[-1] - seconds[-2]) / (known[-1] - known[-2])
+            table += slope * np.maximum(rows - known[-1], 0)
+        rising: list[float] = np.maximum.accumulate(table).tolist()  # rounding could let it fall
+        return rising
 
 
 def choose(
@@ -143,41 +111,51 @@ def choose(
     other_rows: int = 0,
     *,
     min_gain: float = 0.01,
+    max_rows: float = float("inf"),
+    max_seconds: float = float("inf"),
 ) -> list[int]:
     """How many of its likeliest nodes each request shall have verified in the next, common step.
 
     `candidates` holds, per request, the path probabilities of its draft (`Draft.probs`, any order);
     `other_rows` are rows besides the requests' root rows and drafts, such as revived ones. A node
     accepted with probability p brings p tokens, so taking nodes in order of probability, tokens per
-    second are (requests + sum of p) / cost(rows). The count with the most is taken, and none at all
-    where it gains less than `min_gain` over no drafts. Apply the counts with `Draft.best`.
+    second are (requests + sum of p) / cost(rows). The count with the most is taken, of those that
+    keep the step within `max_rows` and `max_seconds`, and none at all where it gains less than
+    `min_gain` over no drafts. Apply the counts with `Draft.best`.
     """
     num_requests = len(candidates)
-    counts, best_counts = [0] * num_requests, [0] * num_requests
-    expected, rows = float(num_requests), num_requests + other_rows
+    counts = [0] * num_requests
+    best_counts = counts[:]
+    expected = float(num_requests)
+    rows = num_requests + other_rows
     best_rate = expected / cost.seconds(rows) * (1.0 + min_gain)
     for minus_p, i in sorted((-p, i) for i, probs in enumerate(candidates) for p in probs):
         counts[i] += 1
         rows += 1
         expected -= minus_p
-        rate = expected / cost.seconds(rows)
+        seconds = cost.seconds(rows)
+        if rows > max_rows or seconds > max_seconds:
+            break
+        rate = expected / seconds
         if rate > best_rate:
-            best_rate, best_counts = rate, counts[:]
+            best_rate = rate
+            best_counts = counts[:]
     return best_counts
 
 
 class Step(NamedTuple):
-    """The step that a draft is for: of `num_requests`, with `other_rows` as in `choose`, over this
-    much context."""
+    """The decoding step that a draft is for: what its rows cost, how many requests it serves, rows
+    besides their roots and drafts, and the mean number of context tokens of a request."""
 
-    row_cost: RowCost
+    cost: RowCost
     num_requests: int = 1
     other_rows: int = 0
     num_context: int = 0
 
     @property
-    def cost(self) -> RowCost:
-        return self.row_cost.at(self.num_context)
+    def base_rows(self) -> int:
+        """Rows of the step without drafts."""
+        return self.num_requests + self.other_rows
 
 
 class GainTracker:
@@ -189,7 +167,8 @@ class GainTracker:
     """
 
     def __init__(self, step: Step, max_nodes: int) -> None:
-        self._rows, self._expected = step.num_requests + step.other_rows, float(step.num_requests)
+        self._rows = step.base_rows
+        self._expected = float(step.num_requests)
         self._seconds, self._least = step.cost.tables(self._rows + max_nodes)
         self._best_rate = self._expected / self._seconds[self._rows]
 
@@ -275,7 +254,7 @@ class Acceptance:
             self._kinds.append([kinds[length] for length in _LENGTH_CLASS])
 
     def kind(self, source: Source, match_len: int) -> AcceptanceBucket:
-        """Matches are as trustworthy as those of 1, 2, 4, 8 or 16 tokens, whichever is next below."""
+        """Matches are trusted like those of 1, 2, 4, 8 or 16 tokens, whichever is next below."""
         return self._kinds[source][match_len if match_len < _LENGTHS[-1] else _LENGTHS[-1]]
 
     def rates(self, source: Source, match_len: int) -> list[float]:

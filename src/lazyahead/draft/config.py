@@ -26,7 +26,12 @@ class Lookahead:
     mode: Literal["hierarchical", "parallel", "single"] = "hierarchical"
     """Branches with shared prefixes merged, side by side, or only the best one."""
     memory: str | None = None
-    """File that remembers answers between requests; off unless named."""
+    """File that stores the token ids of answers, to draft later ones from; off unless named. Of
+    prompts it holds what `memory_prompt_tokens` says."""
+    memory_prompt_tokens: int = 0
+    """Last tokens of each prompt that the memory stores in front of the answer, so that the first
+    tokens of an answer can be drafted too. They are text of the prompt, and stand in the file as it
+    was written. 0: nothing of a prompt is stored."""
     namespace: str = "default"
     """Whose answers these are. A namespace never sees another's."""
     capacity_bytes: int = 64 << 20
@@ -36,8 +41,10 @@ class Lookahead:
     def __post_init__(self) -> None:
         if self.mode not in ("hierarchical", "parallel", "single"):
             raise ConfigError(f"mode must be hierarchical, parallel or single, got {self.mode!r}")
-        for name, least in (("decoding_length", 1), ("branch_length", 1), ("capacity_bytes", 0)):
-            check_count(name, getattr(self, name), least)
+        for name in ("decoding_length", "branch_length"):
+            check_count(name, getattr(self, name), 1)
+        for name in ("capacity_bytes", "memory_prompt_tokens"):
+            check_count(name, getattr(self, name), 0)
         if self.branch_length > MAX_DEPTH:
             raise ConfigError(
                 f"branch_length must be at most {MAX_DEPTH}, got {self.branch_length}"
@@ -48,7 +55,8 @@ class Lookahead:
             )
         if self.memory is not None and not (isinstance(self.memory, str) and self.memory):
             raise ConfigError(
-                f"memory is the name of a file, got {self.memory!r}; leave it out to remember nothing"
+                f"memory is the name of a file, got {self.memory!r}; leave it out to remember "
+                "nothing"
             )
         if not (isinstance(self.namespace, str) and self.namespace):
             raise ConfigError(

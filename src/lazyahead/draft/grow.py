@@ -1,7 +1,7 @@
 """From matches to a draft: the counted sub-trie under the matched suffixes, grown from its
 likeliest node outwards."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from heapq import heappop, heappush
 from typing import Literal, Protocol
 
@@ -21,9 +21,6 @@ MIN_PROB = 0.02
 """A node less likely than this is not worth its row."""
 REMATCH_PROB = 0.1
 """A node less likely than this is not worth a lookup of its own."""
-_QUOTE_LEN = 3  # tokens of what was asked that may lead on to something else
-_SURE_LEN = 6  # tokens that agree before a branch ends a quote of what was asked
-
 
 _Node = tuple[float, int, int, int, int, "list[Branch]"]
 """(-probability, number, parent, depth, token, branches through it, most trusted first): the
@@ -33,13 +30,9 @@ likeliest sorts first."""
 class Finder(Protocol):
     """Looks guesses up as if they had been written."""
 
-    @property
-    def announced(self) -> Collection[int]:
-        """Guesses that announce something, whatever follows them elsewhere."""
-
-    def find(self, path: Sequence[int], is_open: bool) -> "list[Branch]":
+    def find(self, path: Sequence[int]) -> "list[Branch]":
         """What follows after the text and these guesses, newest first; branches already followed
-        may be among it. Without `is_open` only what they announce."""
+        may be among it."""
 
 
 class Branch:
@@ -83,10 +76,10 @@ def grow(
     ranked = _weigh(branches, acceptance, decay)
     if mode == "parallel":
         return _depth_first(_side_by_side(ranked, max_nodes))
-    payback = GainTracker(step, max_nodes) if step is not None else None
+    gain = GainTracker(step, max_nodes) if step is not None else None
     heap: list[_Node] = []
     nodes: list[_Node] = []
-    num_seen, announced = 0, () if finder is None else finder.announced
+    num_seen = 0
     children = _children(ranked, ROOT, 1.0, 1, 0)
     while len(nodes) < max_nodes:
         if mode == "single":
@@ -99,43 +92,25 @@ def grow(
             if not heap:
                 break
             node = heappop(heap)
-        if payback is not None and not payback.may_pay(-node[0]):
+        if gain is not None and not gain.may_pay(-node[0]):
             nodes += sorted([node, *heap])[: max_nodes - len(nodes)]
             break
         nodes.append(node)
         num_seen += len(ranked)
-        minus_prob, _, _, depth, token, through = node
+        minus_prob, _, _, depth, _, through = node
         if finder is not None and -minus_prob > REMATCH_PROB:
-            is_open = _is_open(through, depth)
-            if is_open or token in announced:
-                found = finder.find(_path(nodes), is_open)
+            lead = through[0]
+            if depth - lead.depth >= len(lead.tokens):  # the most trusted branch ends here
+                found = finder.find(_path(nodes))
                 if found:
                     through = _joined(through, found, depth, acceptance, decay)
                     num_seen += len(through)
-            if len(through) > 1 and through[0].source is Source.ASKED:
-                through = _turned(through, depth)
         children = (
             _children(through, len(nodes) - 1, -minus_prob, depth + 1, num_seen)
             if depth < max_depth
             else []
         )
     return _depth_first(nodes)
-
-
-def _is_open(through: list[Branch], depth: int) -> bool:
-    """Whether something else than the branches through a node may follow it: where the most trusted
-    one ends, and where it quotes what was asked, which goes on up to some point only. What was
-    found there once is not looked for again.
-    """
-    lead = through[0]
-    if lead.source is not Source.ASKED:
-        return depth - lead.depth >= len(lead.tokens)
-    if depth - lead.depth < _QUOTE_LEN:
-        return False
-    return not any(
-        branch.depth > lead.depth and depth - branch.depth < len(branch.tokens)
-        for branch in through
-    )
 
 
 def _path(nodes: Sequence[_Node]) -> list[int]:
@@ -163,22 +138,6 @@ def _joined(
 
 def _trust(branch: Branch) -> tuple[float, int]:
     return branch.kind.trust()
-
-
-def _turned(through: list[Branch], depth: int) -> list[Branch]:
-    """A quote of what was asked ends where all that goes on as surely goes on in one other way:
-    that comes first."""
-    lead = through[0]
-    others = [
-        branch
-        for branch in through
-        if branch.position - branch.depth != lead.position - lead.depth
-        and branch.match_len + depth - branch.depth >= _SURE_LEN
-        and depth - branch.depth < len(branch.tokens)
-    ]
-    if len({branch.tokens[depth - branch.depth] for branch in others}) != 1:
-        return through
-    return [*others, *(branch for branch in through if branch not in others)]
 
 
 def _weigh(branches: Sequence[Branch], acceptance: Acceptance, decay: float) -> list[Branch]:

@@ -5,13 +5,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lazyahead.draft.trie_drafter import NUM_LEAD
 from lazyahead.errors import RequestError
 from lazyahead.text import Tokenizer, encode_prompt, read_text
 
 _SUFFIXES = (
-    ".c .cc .cfg .cpp .cs .css .csv .go .h .hpp .html .ini .java .js .json .jsonl .kt .lua .md .php .py .rb .rs .rst "
-    ".sh .sql .swift .tex .toml .ts .tsx .txt .xml .yaml .yml"
+    ".c .cc .cfg .cpp .cs .css .csv .go .h .hpp .html .ini .java .js .json .jsonl .kt .lua .md "
+    ".php .py .rb .rs .rst .sh .sql .swift .tex .toml .ts .tsx .txt .xml .yaml .yml"
 )
 TEXT_SUFFIXES = frozenset(_SUFFIXES.split())
 """What a file in a folder must end with to be read."""
@@ -41,25 +40,28 @@ def find_sources(paths: Sequence[Path]) -> list[Path]:
         ]
         if not inside:
             raise RequestError(
-                f"{path} holds no texts ({', '.join(sorted(TEXT_SUFFIXES)[:8])} …); name files instead"
+                f"{path} holds no texts ({', '.join(sorted(TEXT_SUFFIXES)[:8])} …); name files "
+                "instead"
             )
         found += inside
     return found
 
 
-def read_sequences(path: Path, tokenizer: Tokenizer, num_vocabulary: int) -> Iterator[list[int]]:
+def read_sequences(
+    path: Path, tokenizer: Tokenizer, num_vocabulary: int, prompt_tokens: int = 0
+) -> Iterator[list[int]]:
     """A file's token sequences: one of a text, one a line of JSON lines. Raises RequestError naming
     what is wrong.
 
-    A line has `text`, or `prompt` and `answer` (an earlier answer, found by the end of its prompt),
-    or `tokens`.
+    A line has `text`, or `prompt` and `answer`, or `tokens`. Of a prompt the last `prompt_tokens`
+    tokens stand before the answer, as in `Lookahead.memory_prompt_tokens`.
     """
     if path.suffix.lower() != ".jsonl":
         yield _encode(tokenizer, read_text(path))
         return
     for number, values in json_lines(path):
         try:
-            yield _sequence(values, tokenizer, num_vocabulary)
+            yield _sequence(values, tokenizer, num_vocabulary, prompt_tokens)
         except RequestError as error:
             raise RequestError(f"{path}, line {number}: {error}") from None
 
@@ -83,21 +85,23 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise RequestError(f"{path} is empty; write one JSON object a line")
 
 
-def _sequence(values: dict[str, Any], tokenizer: Tokenizer, num_vocabulary: int) -> list[int]:
-    tokens, prompt, answer, text = (
-        values.get(name) for name in ("tokens", "prompt", "answer", "text")
-    )
+def _sequence(
+    values: dict[str, Any], tokenizer: Tokenizer, num_vocabulary: int, prompt_tokens: int
+) -> list[int]:
+    tokens = values.get("tokens")
+    prompt = values.get("prompt")
+    answer = values.get("answer")
+    text = values.get("text")
     if isinstance(tokens, list):
         if not all(type(token) is int and 0 <= token < num_vocabulary for token in tokens):
             raise RequestError(f"`tokens` must be whole numbers from 0 to {num_vocabulary - 1}")
         return tokens
     if isinstance(prompt, str) and isinstance(answer, str):
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        return [
-            *encode_prompt(tokenizer, prompt).token_ids[-NUM_LEAD:],
-            *_encode(tokenizer, answer),
-            *end,
-        ]
+        written = [*_encode(tokenizer, answer), *end]
+        if not prompt_tokens:
+            return written
+        return [*encode_prompt(tokenizer, prompt).token_ids[-prompt_tokens:], *written]
     if isinstance(text, str):
         return _encode(tokenizer, text)
     raise RequestError("needs `text`, or `prompt` and `answer`, or `tokens`")

@@ -23,9 +23,6 @@ class Source(IntEnum):
     PROMPT = 0
     OUTPUT = 1
     MEMORY = 2
-    ASKED = 3
-    """The end of the prompt again, behind a gap: answers name things in the order in which they
-    were asked for."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +138,7 @@ class Draft:
         return (*drafted, *[None] * (num_tokens - len(drafted)))
 
     def within(self, depth: int) -> Self:
-        """The nodes at most this deep, in the same order; the draft itself where it is no deeper."""
+        """The nodes at most this deep, in the same order; the draft itself if it is no deeper."""
         if not len(self) or max(self.depths) <= depth:
             return self
         return self._take(

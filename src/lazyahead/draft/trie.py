@@ -83,7 +83,8 @@ class TokenTrie:
             )
         if capacity_bytes is not None and capacity_bytes < MIN_CAPACITY_BYTES:
             raise ConfigError(
-                f"capacity_bytes {capacity_bytes} is too small: at least {MIN_CAPACITY_BYTES} is needed"
+                f"capacity_bytes {capacity_bytes} is too small: at least {MIN_CAPACITY_BYTES} is "
+                "needed"
             )
         self._tokens: Ints
         self._pieces: list[int]  # first positions of what is evicted at once, ascending

@@ -1,4 +1,4 @@
-"""The paper's drafter: a trie of the request's own text, and a trie of what earlier requests left."""
+"""The paper's drafter: a trie of the request's own text, and one of what earlier requests left."""
 
 import warnings
 from bisect import bisect
@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from lazyahead.draft.answers import AnswerLog
 from lazyahead.draft.budget import MAX_DEPTH, Acceptance, Step
 from lazyahead.draft.grow import Branch, Mode, grow
-from lazyahead.draft.question_order import Pointer, Spell
 from lazyahead.draft.tree import Draft, Source
 from lazyahead.draft.trie import SEPARATOR, Match, TokenTrie
 from lazyahead.errors import ConfigError, MemoryFileError
@@ -28,7 +27,8 @@ class TrieDrafter:
         max_matches: occurrences looked at per lookup, in the request's text and in the remembered
         ones each.
         decay: vote of an occurrence against the next newer one of the same kind.
-        spell: what a token spells, so that a quote is found that begins in another case.
+        prompt_tokens: last tokens of a prompt that are remembered in front of its answer, so that
+            the first tokens of the answer can be drafted. They are prompt text. 0: none.
 
     `remember` adds documents and earlier answers; a request's own text is dropped when the request
     stops. Not thread-safe. Raises ConfigError for values out of range.
@@ -43,7 +43,7 @@ class TrieDrafter:
         log: AnswerLog | None = None,
         max_matches: int = 8,
         decay: float = 0.9,
-        spell: Spell | None = None,
+        prompt_tokens: int = 0,
     ) -> None:
         if mode not in ("hierarchical", "parallel", "single"):
             raise ConfigError(f"mode {mode!r} must be 'hierarchical', 'parallel' or 'single'")
@@ -62,7 +62,7 @@ class TrieDrafter:
         self.log = log
         self.max_matches = max_matches
         self.decay = decay
-        self.spell = spell
+        self.prompt_tokens = prompt_tokens
         self._namespaces: dict[str, Namespace] = {}
 
     def start(self, prompt: Sequence[int] = (), namespace: str = "default") -> "TrieRequest":
@@ -138,12 +138,8 @@ class Namespace:
 _PATIENCE = 8  # misses in a row before lookups are skipped
 _MAX_SKIP = 7  # lookups skipped at most before one is tried
 _HEADROOM = 2048  # tokens of answer that the prompt's index has room for
-# prompt tokens that are remembered in front of an answer, so that its first tokens are found
-NUM_LEAD = 16
 _NUM_REMATCHES = 3  # occurrences looked at for a guess
 _REMATCH_LEN = 4  # a guess is looked up where this many tokens agree
-_ASKED_LEN = 16  # what is asked next is trusted like a match of this length, until more is known
-_FIRST_LEN = 4  # the same, for the first thing that is quoted
 _USED_MATCH_LEN = 4  # a shorter match in a remembered text does not count as a use of it
 
 
@@ -162,37 +158,34 @@ class TrieRequest:
         self._sources: list[Source] = []  # of the run that begins at ...
         self._run_starts: list[int] = []
         self._recent: list[int] = []
-        self._answer: list[int] = []  # and the few prompt tokens before it
+        self._answer: list[int] = []  # and the `prompt_tokens` before it
         self._unread: list[int] = []  # of the answer, not in `own` yet
         self._num_misses = 0
         self._num_skips = 0
         self._looked_up = False
-        self._pointer: Pointer | None = None
-        self._prompt_end, self._answer_begun = 0, False
 
     def extend(self, tokens: Sequence[int], source: Source = Source.OUTPUT) -> None:
         if not tokens:
             return
         if source is Source.PROMPT:
             self.index()
-            self._answer_begun = False
-            self._pointer = Pointer([*self._recent, *tokens], self._drafter.spell)
             self.own.reserve(len(tokens) + _HEADROOM)
             self._index(tokens, source)
-            self._prompt_end = self.own.end
-            self._answer += tokens[-NUM_LEAD:]
-            del self._answer[:-NUM_LEAD]
+            self._keep_prompt_end(tokens)
         else:
             self._answer += tokens
             self._unread += tokens
+
+    def _keep_prompt_end(self, tokens: Sequence[int]) -> None:
+        """Of a prompt, as many last tokens as the drafter may remember in front of the answer."""
+        num_kept = self._drafter.prompt_tokens
+        text = [*self._answer, *tokens]
+        self._answer = text[len(text) - min(num_kept, len(text)) :]
 
     def index(self) -> None:
         """Read what was written since the last lookup; steps without one have it only noted."""
         if not self._unread:
             return
-        if self._pointer is not None:
-            self._pointer.extend(self._unread)
-            self._answer_begun = True
         self._index(self._unread, Source.OUTPUT)
         self._unread = []
 
@@ -214,8 +207,6 @@ class TrieRequest:
             return Draft.EMPTY
         self.index()
         branches = self._own_branches() + self._shared_branches()
-        if self._answer_begun:
-            branches += self._asked()
         if not branches:
             return Draft.EMPTY
         drafter, acceptance = self._drafter, self._namespace.acceptance
@@ -230,33 +221,10 @@ class TrieRequest:
             step,
         )
 
-    @property
-    def announced(self) -> Sequence[int]:
-        """Tokens behind which what is asked next may be quoted."""
-        return self._pointer.lead if self._pointer is not None else ()
-
-    def find(self, path: Sequence[int], is_open: bool) -> list[Branch]:
-        """What follows the text and these guesses, where several tokens agree, or what they
-        announce."""
-        branches = list[Branch]()
-        if is_open:
-            found = self.own.match([*self._recent, *path], _NUM_REMATCHES, 8, _REMATCH_LEN)
-            branches = self._read(found, len(path))
-        return branches + self._asked(path) if path[-1] in self.announced else branches
-
-    def _asked(self, path: Sequence[int] = ()) -> list[Branch]:
-        """What was asked next, where the text and these guesses lead up to it."""
-        found = (
-            self._pointer.next(path, self._drafter.branch_length)
-            if self._pointer is not None
-            else None
-        )
-        if found is None:
-            return []
-        match_len = _FIRST_LEN if found.is_first else _ASKED_LEN
-        return [
-            Branch(found.tokens, Source.ASKED, match_len, self._prompt_end + found.place, len(path))
-        ]
+    def find(self, path: Sequence[int]) -> list[Branch]:
+        """What follows the text and these guesses elsewhere, where several tokens agree."""
+        found = self.own.match([*self._recent, *path], _NUM_REMATCHES, 8, _REMATCH_LEN)
+        return self._read(found, len(path))
 
     def feedback(self, draft: Draft, tokens: Sequence[int]) -> None:
         if not self._looked_up:
@@ -270,13 +238,10 @@ class TrieRequest:
         if remember and self._drafter.capacity_bytes:
             self._drafter.remember(self._answer, self._name)
         self.own.clear()
-        self._sources, self._run_starts, self._recent, self._answer, self._unread = (
-            [],
-            [],
-            [],
-            [],
-            [],
-        )
+        for tokens in (self._recent, self._answer, self._unread):
+            tokens.clear()
+        self._sources.clear()
+        self._run_starts.clear()
 
     def _own_branches(self) -> list[Branch]:
         return self._read(self.own.match(self._recent, self._drafter.max_matches))

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lazyahead.cache.session import Session
-from lazyahead.draft.budget import RowCost
 from lazyahead.draft.config import Lookahead
 from lazyahead.draft.drafter import Drafter, NoDrafter
+from lazyahead.draft.learned_cost import LearnedRowCost
 from lazyahead.draft.tree import Draft
 from lazyahead.draft.verify import Walk, walk
-from lazyahead.draft.watch import WatchedCost
 from lazyahead.engine.request import Request
 from lazyahead.engine.scheduler import Scheduled, Scheduler
 from lazyahead.errors import ConfigError
@@ -40,7 +39,7 @@ class Engine:
     """Runs requests on one model, many at once. `submit`, then `step` until `is_idle`, inside
     `with engine:`.
 
-    `row_cost` tells how many drafts pay; without it every draft is verified. Raises ConfigError
+    `row_cost` learns how many drafts pay; without it every draft is verified. Raises ConfigError
     for a chunk size or a number of requests below 1.
     """
 
@@ -51,7 +50,7 @@ class Engine:
         decode: Lookahead | None,
         *,
         drafter: Drafter | None = None,
-        row_cost: Callable[[], RowCost] | None = None,
+        row_cost: LearnedRowCost | None = None,
         prefill_chunk_size: int = 512,
         max_running: int = 64,
     ) -> None:
@@ -64,12 +63,12 @@ class Engine:
         self.prefill = prefill
         self.decode = decode
         self.drafter = drafter or NoDrafter()
-        self._row_cost = WatchedCost(row_cost) if row_cost is not None else None
+        self.row_cost = row_cost
         self._scheduler = Scheduler(
             runner,
             prefill,
             decode,
-            self._row_cost,
+            row_cost,
             prefill_chunk_size=prefill_chunk_size,
             max_running=max_running,
         )
@@ -141,7 +140,7 @@ class Engine:
         try:
             logits = self._run(batch, on_layer)
             verified = self._verify(batch, logits)
-            self._note_cost(batch, time.perf_counter() - begin)
+            self._note_cost(verified, time.perf_counter() - begin)
             self._commit(verified)
         except BaseException:
             for scheduled in batch:
@@ -201,13 +200,16 @@ class Engine:
         has_last = scheduled.has_last or scheduled.continues
         progress.is_done = has_last and progress.stage is None
 
-    def _note_cost(self, batch: Sequence[Scheduled], seconds: float) -> None:
-        """Passes that only decode tell what rows cost."""
-        if self._row_cost is None or not batch or any(item.is_prefill for item in batch):
+    def _note_cost(self, verified: Sequence[Verified], seconds: float) -> None:
+        """Passes in which all requests decode tell what rows cost."""
+        step = self._scheduler.step
+        if self.row_cost is None or step is None or not verified:
             return
-        num_rows = sum(len(item.segment.token_ids) for item in batch)
-        num_context = sum(len(item.request.session) for item in batch) // len(batch)
-        self._row_cost.note(num_rows, num_context, seconds)
+        if any(item.scheduled.is_prefill for item in verified):
+            return
+        num_rows = sum(len(item.scheduled.segment.token_ids) for item in verified)
+        num_tokens = sum(len(item.walk.tokens) for item in verified)
+        self.row_cost.note(step, num_rows + step.other_rows, num_tokens, seconds)
 
     def _walk(self, scheduled: Scheduled, rows: Tensor) -> Walk:
         """Follows the model's own choices through the draft."""
@@ -283,4 +285,6 @@ class Engine:
         request.session.in_use = False
         if request.drafts is not None:
             request.drafts.stop(remember=reason in ("stop", "length"))
+            if self.row_cost is not None:
+                self.row_cost.save()
         self._scheduler.remove(request)

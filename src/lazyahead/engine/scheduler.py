@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from lazyahead.draft.budget import Step, choose
+from lazyahead.draft.budget import Step
 from lazyahead.draft.config import Lookahead
+from lazyahead.draft.learned_cost import LearnedRowCost
 from lazyahead.draft.tree import Draft
-from lazyahead.draft.watch import WatchedCost
 from lazyahead.engine.checkpoint import Checkpoint
 from lazyahead.engine.request import Request
 from lazyahead.hf.plain_runner import PlainRunner
@@ -61,7 +61,7 @@ class Scheduler:
         runner: Runner | PlainRunner,
         prefill: LazyPrefill | None,
         decode: Lookahead | None,
-        row_cost: WatchedCost | None,
+        row_cost: LearnedRowCost | None,
         *,
         prefill_chunk_size: int,
         max_running: int,
@@ -72,6 +72,8 @@ class Scheduler:
         self._row_cost = row_cost
         self._prefill_chunk_size = prefill_chunk_size
         self._max_running = max_running
+        self.step: Step | None = None
+        """What the drafts of the current pass are for; None: nothing is drafted."""
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
 
@@ -114,25 +116,26 @@ class Scheduler:
     def _propose(self, decoding: Sequence[Request], num_prefill_rows: int) -> None:
         """Each request's draft, cut to the nodes that raise expected tokens per second."""
         decode = self._decode
+        self.step = None
         if decode is None or not decoding:
             return
         other_rows = num_prefill_rows + sum(request.num_reviving for request in decoding)
         num_context = sum(len(request.session) for request in decoding) // len(decoding)
-        cost = self._row_cost.cost if self._row_cost is not None else None
-        steps = []
-        if cost is not None:
-            steps.append(Step(cost, len(decoding), other_rows, num_context))
+        if self._row_cost is not None:
+            self.step = self._row_cost.step(len(decoding), other_rows, num_context)
         for request in decoding:
-            request.proposed = self._proposal(request, decode, steps)
+            request.proposed = self._proposal(request, decode)
             request.draft = request.proposed
-        if self._row_cost is not None and any(request.proposed.probs for request in decoding):
+        if self._row_cost is None or self.step is None:
+            return
+        if any(request.proposed.probs for request in decoding):
             probs = [request.proposed.probs for request in decoding]
-            counts = choose(probs, self._row_cost.get().at(num_context), other_rows)
+            counts = self._row_cost.choose(probs, self.step)
             for request, count in zip(decoding, counts, strict=True):
                 if request.proposed.probs:
                     request.draft = request.proposed.best(count)
 
-    def _proposal(self, request: Request, decode: Lookahead, steps: Sequence[Step]) -> Draft:
+    def _proposal(self, request: Request, decode: Lookahead) -> Draft:
         room = request.max_new_tokens - len(request.answer) - 1
         if request.drafts is None or room <= 0:
             return Draft.EMPTY
@@ -140,6 +143,7 @@ class Scheduler:
         limit = decode.decoding_length
         if not self._runner.may_draft(start, start + min(room, limit)):
             return Draft.EMPTY
+        steps = () if self.step is None else (self.step,)
         return request.drafts.propose(limit, *steps).within(room)
 
     def _decode_rows(self, request: Request) -> Scheduled:

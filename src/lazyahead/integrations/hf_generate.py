@@ -25,6 +25,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from lazyahead.build import engine_for
 from lazyahead.config import LazyPrefill, Lookahead
+from lazyahead.draft.drafter import Drafter
 from lazyahead.engine.engine import Engine
 from lazyahead.engine.request import Request
 from lazyahead.errors import RequestError
@@ -44,7 +45,7 @@ class Accelerated:
 def accelerate(
     model: PreTrainedModel,
     prefill: LazyPrefill | None = LazyPrefill(),  # noqa: B008 (frozen)
-    decode: Lookahead | None = None,
+    decode: Lookahead | Drafter | None = None,
 ) -> Iterator[Accelerated]:
     """Inside, `model.generate` reads lazily and writes ahead; every other line stays as it was.
 
@@ -87,7 +88,7 @@ def accelerate(
 
 def custom_generate(
     prefill: LazyPrefill | None = LazyPrefill(),  # noqa: B008 (frozen)
-    decode: Lookahead | None = None,
+    decode: Lookahead | Drafter | None = None,
     streamer: Any = None,
 ) -> Callable[..., Any]:
     """For `model.generate(..., custom_generate=custom_generate())`. Give the streamer here:

@@ -18,6 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.progress import track
 
 from lazyahead.cli.options import parse_decode, parse_prefill
+from lazyahead.draft.factory import describe
 from lazyahead.errors import ConfigError, RequestError
 from lazyahead.integrations.likelihood import Scored, dictate, score_whole
 from lazyahead.llm import LLM
@@ -207,7 +208,7 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
             "version": version("lazyahead"),
             "model": llm.name,
             "prefill": llm.prefill and llm.prefill.to_dict(),
-            "decode": llm.decode and llm.decode.to_dict(),
+            "decode": describe(llm.decode),
             "device": str(llm.model.device),
             "dtype": str(llm.model.dtype).removeprefix("torch."),
             "seed": self._seed,

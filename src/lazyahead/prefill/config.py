@@ -15,7 +15,6 @@ from lazyahead.prefill.score import (
     LastToken,
     Random,
     Scorer,
-    Window,
     scorer_from_dict,
     scorer_to_dict,
 )
