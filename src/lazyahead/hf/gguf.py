@@ -1,7 +1,8 @@
 """GGUF files: read through transformers, dequantised, and converted to a safetensors folder.
 
-A GGUF file holds quantised weights, the tokenizer and the chat template. transformers dequantises it at load; what
-comes out here is an ordinary model with no trace of the quantisation, so that it can be saved, moved and accelerated.
+A GGUF file holds quantised weights, the tokenizer and the chat template. transformers dequantises
+it at load; what comes out here is an ordinary model with no trace of the quantisation, so that it
+can be saved, moved and accelerated.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def check_target(folder: str | Path) -> Path:
 
 
 def check_gguf(path: str | Path) -> Path:
-    """The file, found to be whole and readable as far as its header tells. Raises as `load_gguf`."""
+    """The file, found to be whole as far as its header tells. Raises as `load_gguf`."""
     file = Path(path)
     try:
         with file.open("rb") as opened:
@@ -148,7 +149,7 @@ def _need_extra(file: Path) -> None:
 
 
 def _check_contents(file: Path) -> None:
-    """Raises for a damaged or truncated file, and for rotary scaling that would be lost in silence."""
+    """Raises for a damaged or truncated file, and for rotary scaling that would be lost."""
     from gguf import GGUFReader  # noqa: PLC0415  (an extra)
 
     try:
@@ -169,8 +170,8 @@ def _check_contents(file: Path) -> None:
         scaling not in (None, "none") and architecture not in SCALING_IS_READ
     ):
         raise UnsupportedModelError(
-            f"{file} scales its rotary embedding ({scaling or 'llama3'}), which transformers does not read from GGUF "
-            f"({architecture}); use the model's safetensors folder"
+            f"{file} scales its rotary embedding ({scaling or 'llama3'}), which transformers does "
+            f"not read from GGUF ({architecture}); use the model's safetensors folder"
         )
 
 
