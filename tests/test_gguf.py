@@ -56,7 +56,7 @@ def test_a_converted_folder_is_the_file(file: Path, tmp_path: Path, dtype: str) 
 
 
 def test_a_tied_head_is_saved_once_and_a_free_one_too(tmp_path: Path) -> None:
-    from safetensors import safe_open  # noqa: PLC0415
+    from safetensors import safe_open
 
     for is_tied in (True, False):
         name = f"tied_{is_tied}"

@@ -1,4 +1,4 @@
-"""A tiny llama as a GGUF file, written with the `gguf` package: what converters of llama.cpp write."""
+"""A tiny llama as a GGUF file, written with the `gguf` package as llama.cpp converters write it."""
 
 import json
 from pathlib import Path

@@ -26,7 +26,7 @@ def convert(
     """Writes FILE.gguf as a safetensors folder with tokenizer and generation config."""
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    from lazyahead.hf.gguf import check_target, convert_gguf  # noqa: PLC0415
+    from lazyahead.hf.gguf import check_target, convert_gguf
 
     check_target(folder)
     started = time.perf_counter()

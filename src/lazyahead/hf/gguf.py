@@ -150,7 +150,7 @@ def _need_extra(file: Path) -> None:
 
 def _check_contents(file: Path) -> None:
     """Raises for a damaged or truncated file, and for rotary scaling that would be lost."""
-    from gguf import GGUFReader  # noqa: PLC0415  (an extra)
+    from gguf import GGUFReader  # an extra
 
     try:
         reader = GGUFReader(file)
