@@ -215,4 +215,8 @@ def test_an_answer_in_mid_line_begins_with_a_space() -> None:
 
 
 def test_the_floor_is_the_end_of_the_prompt() -> None:
-    assert without_context(range(500)) == list(range(500 - FLOOR_TOKENS, 500))
+    tokenizer = byte_level()  # BOS is token 0
+    long = [5, *range(1, 500)]
+    assert without_context(tokenizer, long) == long[-FLOOR_TOKENS:]
+    assert without_context(tokenizer, [0, *long]) == [0, *long[-FLOOR_TOKENS:]]
+    assert without_context(tokenizer, [0, 7, 8]) == [0, 7, 8]

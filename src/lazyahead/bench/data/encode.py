@@ -56,6 +56,11 @@ def encode_answer(tokenizer: Tokenizer, sample: Sample, limit: int) -> list[int]
     return list(token_ids[:limit])
 
 
-def without_context(token_ids: Sequence[int]) -> list[int]:
-    """The end of a prompt: what a model is given that reads no context."""
-    return list(token_ids[-FLOOR_TOKENS:])
+def without_context(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int]:
+    """The end of a prompt: what a model is given that reads no context.
+
+    A prompt that begins with the tokenizer's BOS keeps it: some models are lost without it, which
+    would pass for what the context adds.
+    """
+    head = list(token_ids[:1]) if token_ids[0] == tokenizer.bos_token_id else []
+    return [*head, *token_ids[max(len(head), len(token_ids) - FLOOR_TOKENS) :]]
