@@ -126,6 +126,31 @@ def test_rotary_scaling_that_would_be_lost_is_refused(
         load(str(path))
 
 
+def test_llama_3s_rotary_scaling_is_put_back(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    model = tiny_llama(rope_parameters=rope, head_dim=16)
+    frequencies = model.model.rotary_emb.inv_freq
+    unscaled = 500_000.0 ** -(torch.arange(0, 16, 2) / 16)
+    factors = (unscaled / frequencies).numpy()
+    assert max(factors) > 7
+    path = write_gguf(tmp_path / "llama3.gguf", model, factors)
+    convert_gguf(path, tmp_path / "folder", "float32")
+    for name in (str(path), str(tmp_path / "folder")):
+        loaded, _ = load(name, dtype="float32")
+        torch.testing.assert_close(loaded(prompt(400)).logits, model(prompt(400)).logits)
+        assert model_config(name).rope_parameters["rope_type"] == "llama3"
+    strange = write_gguf(tmp_path / "strange.gguf", model, factors * 1.5)
+    with pytest.raises(UnsupportedModelError, match=r"strange\.gguf.*its own factors"):
+        load(str(strange))
+
+
 @pytest.mark.parametrize("missing", ["gguf", "accelerate"])
 def test_a_missing_extra_is_named(file: Path, missing: str, monkeypatch: Any) -> None:
     found = gguf_module.find_spec

@@ -26,9 +26,9 @@ NAMES = {
 NORMAL, CONTROL = 1, 3  # kinds of tokens
 
 
-def tiny_llama(is_tied: bool = True) -> PreTrainedModel:
+def tiny_llama(is_tied: bool = True, **overrides: Any) -> PreTrainedModel:
     """Two layers with random weights that a GGUF file can hold."""
-    sizes = {**SIZES, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 1}
+    sizes = {**SIZES, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 1, **overrides}
     vocabulary = len(byte_level())
     config = AutoConfig.for_model(
         "llama", vocab_size=vocabulary, tie_word_embeddings=is_tied, **sizes
@@ -36,8 +36,14 @@ def tiny_llama(is_tied: bool = True) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def write_gguf(path: Path, model: PreTrainedModel, **changes: Any) -> Path:
-    """The model with the suite's byte-level tokenizer. `changes` are further fields, text each."""
+def write_gguf(
+    path: Path,
+    model: PreTrainedModel,
+    factors: NDArray[Any] | None = None,
+    **changes: Any,
+) -> Path:
+    """The model with the suite's byte-level tokenizer. `factors` divide its rotary frequencies;
+    `changes` are further fields, text each."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -48,12 +54,14 @@ def write_gguf(path: Path, model: PreTrainedModel, **changes: Any) -> Path:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(10_000.0)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     _add_tokenizer(writer)
     for name, value in changes.items():
         writer.add_string(name.replace("__", "."), value)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
     for name, weight in model.state_dict().items():
         if name != "lm_head.weight" or not config.tie_word_embeddings:
             writer.add_tensor(*_tensor(name, weight.float().numpy(), config))

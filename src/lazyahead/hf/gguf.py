@@ -30,6 +30,7 @@ from lazyahead.errors import (
     OutOfMemoryError,
     UnsupportedModelError,
 )
+from lazyahead.hf.gguf_rope import FACTORS, llama3_scaling
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"
@@ -56,7 +57,7 @@ def load_gguf(
     there, damaged or truncated, UnsupportedModelError for an architecture or a quantisation that
     transformers cannot read, OutOfMemoryError.
     """
-    file = check_gguf(path)
+    file, scaling = check_gguf(path)
     where = {"gguf_file": file.name, "trust_remote_code": False}
     target = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     try:
@@ -65,7 +66,7 @@ def load_gguf(
             model = AutoModelForCausalLM.from_pretrained(
                 str(file.parent), dtype=target, attn_implementation="sdpa", **_dequantise(), **where
             )
-        return _plain(model, target).to(device), tokenizer
+        return _plain(model, target, scaling).to(device), tokenizer
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(
             f"{file} does not fit on {device}; choose a smaller model"
@@ -76,11 +77,14 @@ def load_gguf(
 
 def gguf_config(path: str | Path) -> Any:
     """The model config of a GGUF file. Raises as `load_gguf`."""
-    file = check_gguf(path)
+    file, scaling = check_gguf(path)
     try:
-        return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+        config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
     except Exception as error:
         raise _unsupported(file, error) from error
+    if scaling is not None:
+        config.rope_parameters = scaling
+    return config
 
 
 def convert_gguf(
@@ -122,8 +126,9 @@ def check_target(folder: str | Path) -> Path:
     return target
 
 
-def check_gguf(path: str | Path) -> Path:
-    """The file, found to be whole as far as its header tells. Raises as `load_gguf`."""
+def check_gguf(path: str | Path) -> tuple[Path, dict[str, Any] | None]:
+    """The file, found to be whole as far as its header tells, and the rotary scaling that
+    transformers leaves out, as its `rope_parameters`. Raises as `load_gguf`."""
     file = Path(path)
     try:
         with file.open("rb") as opened:
@@ -137,8 +142,7 @@ def check_gguf(path: str | Path) -> Path:
             f"{file} is no GGUF file: it begins with {magic!r}, not {MAGIC!r}; fetch it again"
         )
     _need_extra(file)
-    _check_contents(file)
-    return file
+    return file, _check_contents(file)
 
 
 def _need_extra(file: Path) -> None:
@@ -148,13 +152,14 @@ def _need_extra(file: Path) -> None:
             raise ConfigError(f"{file} needs the package {package}; pip install 'lazyahead[gguf]'")
 
 
-def _check_contents(file: Path) -> None:
-    """Raises for a damaged or truncated file, and for rotary scaling that would be lost."""
+def _check_contents(file: Path) -> dict[str, Any] | None:
+    """Llama 3's rotary scaling, where the file has it. Raises for a damaged or truncated file, and
+    for other scaling, which would be lost."""
     from gguf import GGUFReader  # an extra
 
     try:
         reader = GGUFReader(file)
-        names = {tensor.name for tensor in reader.tensors}
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
         architecture = _text(reader, "general.architecture")
         scaling = _text(reader, f"{architecture}.rope.scaling.type")
     except Exception as error:
@@ -162,17 +167,23 @@ def _check_contents(file: Path) -> None:
         raise ModelNotFoundError(
             f"{file} is damaged or truncated ({reason}); fetch it again"
         ) from None
-    if architecture is None or not names:
+    if architecture is None or not tensors:
         raise UnsupportedModelError(
             f"{file} holds no model: no architecture or no tensors; give another file"
         )
-    if "rope_freqs.weight" in names or (
-        scaling not in (None, "none") and architecture not in SCALING_IS_READ
-    ):
+    if any(name.startswith("rope_") for name in tensors):
+        base = reader.get_field(f"{architecture}.rope.freq_base")
+        theta = float(base.contents()) if base is not None else 10_000.0
+        found = llama3_scaling(tensors[FACTORS].data, theta) if FACTORS in tensors else None
+        if found is not None and architecture == "llama":
+            return found
+        scaling = "its own factors"
+    if scaling not in (None, "none") and architecture not in SCALING_IS_READ:
         raise UnsupportedModelError(
-            f"{file} scales its rotary embedding ({scaling or 'llama3'}), which transformers does "
-            f"not read from GGUF ({architecture}); use the model's safetensors folder"
+            f"{file} scales its rotary embedding by {scaling}, which transformers does not read "
+            f"from GGUF ({architecture}); use the model's safetensors folder"
         )
+    return None
 
 
 def _text(reader: Any, key: str) -> str | None:
@@ -205,16 +216,26 @@ def _dequantise() -> dict[str, Any]:
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
-def _plain(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def _plain(
+    model: PreTrainedModel, dtype: torch.dtype, scaling: dict[str, Any] | None
+) -> PreTrainedModel:
     """The same weights in a model that was never quantised, so that it can be saved and moved."""
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, dtype=dtype, attn_implementation="sdpa"
-    )
+    if scaling is not None:
+        config.rope_parameters = scaling
+    with torch.device("meta"):
+        plain: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa"
+        )
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
+    for name, buffer in model.named_buffers():  # those that no state holds
+        owner, _, leaf = name.rpartition(".")
+        plain.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
+    if scaling is not None:
+        plain.model.rotary_emb = type(plain.model.rotary_emb)(config=config)
     plain.generation_config = model.generation_config
     return plain.eval()
 
