@@ -156,6 +156,14 @@ def test_samples_without_answers_are_for_decoding() -> None:
         by_category([Sample("d", "c", "p")])
 
 
+def test_longbenchs_categories_come_first_and_in_its_order() -> None:
+    found = by_category(
+        [Sample("d", name, "p", ("a",)) for name in ("own", "code", "single_doc_qa", "own")]
+    )
+    assert list(found) == ["single_doc_qa", "code", "own"]
+    assert len(found["own"]) == 2
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     lines = [

@@ -16,6 +16,7 @@ from statistics import fmean, median
 from lazyahead.bench.baseline import run_baseline
 from lazyahead.bench.bootstrap import mean_interval
 from lazyahead.bench.data.encode import encode_sample
+from lazyahead.bench.data.longbench import CATEGORIES
 from lazyahead.bench.data.metrics import score
 from lazyahead.bench.data.sample import Sample
 from lazyahead.bench.kept import Likelihood, kept_interval, measure_likelihood
@@ -140,7 +141,10 @@ def measure_real_text(
 
 
 def by_category(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
-    """Samples that have answers, by category. Raises RequestError where none has."""
+    """Samples that have answers, by category, LongBench's first and in its order.
+
+    Raises RequestError where none has.
+    """
     work: dict[str, list[Sample]] = {}
     for sample in samples:
         if sample.answers:
@@ -149,7 +153,8 @@ def by_category(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
         raise RequestError(
             "no sample has answers to compare with; use `bench decode --data` for prompts alone"
         )
-    return work
+    names = [*(name for name in CATEGORIES if name in work), *work]
+    return {name: work[name] for name in names}
 
 
 def agreement(full: Sequence[int], own: Sequence[int]) -> float:
