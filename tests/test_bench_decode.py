@@ -105,10 +105,14 @@ def test_users_bring_texts_and_spec_bench_files(model, tmp_path, last_json):
     values = last_json(
         "decode", "-m", model, *QUICK, "--answers", "2", "--prompts", str(tmp_path / "spec.jsonl")
     )
-    assert [(row["workload"], row["num_prompts"]) for row in values["rows"]] == [
-        ("writing", 1),
-        ("math", 2),
+    assert [(row["workload"], row["num"]) for row in values["rows"]] == [
+        ("mt_bench", 2),
+        ("math", 1),
+        ("all", 3),
     ]
+    for row in values["rows"]:
+        assert 0 <= row["identical"] <= 1
+        assert row["plain_tok_s"] > 0
 
 
 def test_people_get_a_table(model, capsys):
@@ -170,6 +174,7 @@ def test_replay_times_drafting_behind_long_contexts(last_json):
     [
         (["decode", "--workload", "poetry"], "poetry"),
         (["decode", "--text", "a", "--prompts", "b"], "--prompts"),
+        (["decode", "--data", "a", "--batch", "2"], "--batch 2"),
         (["decode", "--memory", "--batch", "2"], "--memory"),
         (["decode", "--length", "20"], "20"),
         (["decode", "--prompts", "/no/such/file"], "/no/such/file"),

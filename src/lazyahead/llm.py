@@ -24,7 +24,7 @@ from lazyahead.results import Completion, Piece, Reach
 from lazyahead.sampling import Sampling
 from lazyahead.text import Detokenizer, Message, Prompt, StopStrings, encode_prompt, encode_turn
 
-Text = str | list[int]
+Text = str | list[int] | Prompt
 Texts = list[str] | list[list[int]]
 
 
@@ -171,7 +171,9 @@ class LLM:
     def _encode(self, prompt: Text, question: str | None) -> Prompt:
         if isinstance(prompt, str):
             return self.encode(prompt, question)
-        if question is not None:
+        if isinstance(prompt, Prompt) and question is None:
+            return prompt
+        if question is not None or isinstance(prompt, Prompt):
             raise RequestError(
                 "a question goes with a text; with token ids, put its tokens at their end"
             )

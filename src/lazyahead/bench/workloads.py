@@ -1,5 +1,5 @@
-"""Prompts of the decoding benchmark: questions of the reader's world, random tokens, or the user's
-own."""
+"""Prompts of the decoding benchmark: questions of the reader's world, random tokens, or parts of a
+text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from lazyahead.draft.sources import json_lines
 from lazyahead.errors import ConfigError, RequestError
 from lazyahead.llm import LLM
 from lazyahead.reader import Sample, samples
@@ -76,24 +75,6 @@ def text_workload(llm: LLM, path: Path, length: int, count: int, max_new_tokens:
     starts = sorted({last * index // max(1, count - 1) for index in range(count)})
     prompts = [token_ids[start : start + length] for start in starts]
     return Workload("text", prompts, Sampling(max_new_tokens=max_new_tokens))
-
-
-def file_workloads(llm: LLM, path: Path, count: int, max_new_tokens: int) -> list[Workload]:
-    """JSON lines with `prompt` or Spec-Bench's `turns` (the first is asked); one workload per
-    `category`."""
-    groups: dict[str, list[list[int]]] = {}
-    for number, values in json_lines(path):
-        turns = values.get("turns")
-        prompt = turns[0] if isinstance(turns, list) and turns else values.get("prompt")
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise RequestError(f"{path}, line {number}: needs `prompt`, or `turns` with some text")
-        group = groups.setdefault(str(values.get("category", path.stem)), [])
-        if len(group) < count:
-            group.append(llm.encode(prompt).token_ids)
-    return [
-        Workload(name, group, Sampling(max_new_tokens=max_new_tokens))
-        for name, group in groups.items()
-    ]
 
 
 def _questions(category: str) -> Callable[[LLM, int, int, int], list[list[int]]]:

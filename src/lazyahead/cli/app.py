@@ -9,6 +9,7 @@ import typer
 
 from lazyahead.cli.bench import app as bench
 from lazyahead.cli.chat import chat
+from lazyahead.cli.convert import convert
 from lazyahead.cli.doctor import doctor
 from lazyahead.cli.evaluate import PASS_ON, evaluate
 from lazyahead.cli.generate import generate
@@ -44,6 +45,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(doctor)
 app.command()(verify)
+app.command()(convert)
 app.command()(tune)
 app.command("eval", context_settings=PASS_ON)(evaluate)
 app.add_typer(bench, name="bench", help="Measure, beside plain transformers.")

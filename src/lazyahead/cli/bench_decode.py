@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lazyahead.cli import options
+from lazyahead.cli.bench_decode_data import bench_decode_data
 from lazyahead.cli.output import print_json, record, tables
 from lazyahead.errors import ConfigError
 
@@ -32,12 +33,19 @@ def bench_decode(
     text: Annotated[
         Path | None, typer.Option(help="Go on with parts of this text instead.")
     ] = None,
-    prompts: Annotated[
+    data: Annotated[
         Path | None,
-        typer.Option(help="Answer these instead: JSON lines with `prompt`, or Spec-Bench's."),
+        typer.Option(
+            "--data",
+            "--prompts",
+            help="Real prompts instead: a JSONL file or a folder of them, in the format of "
+            "Spec-Bench, LongBench, BABILong, or with `prompt`.",
+        ),
     ] = None,
     length: Annotated[int, typer.Option(min=1, help="Prompt tokens, about.")] = 4096,
-    answers: Annotated[int, typer.Option(min=1, help="Prompts of each workload.")] = 3,
+    answers: Annotated[
+        int, typer.Option("--answers", "--n", min=1, help="Prompts of each workload or category.")
+    ] = 3,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest answer, in tokens.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Requests answered at the same time.")] = 1,
     memory: Annotated[
@@ -56,13 +64,27 @@ def bench_decode(
     json: options.Json = False,
 ) -> None:
     """Tokens per second after the first token, beside transformers `generate`."""
-    if text and prompts:
-        raise ConfigError("give --text or --prompts, not both")
-    if memory and (text or prompts or batch > 1):
+    if text and data:
+        raise ConfigError("give --text or --data (--prompts), not both")
+    if memory and (text or data or batch > 1):
         raise ConfigError(
-            "--memory brings its own questions, one at a time; leave out --text, --prompts and --batch"
+            "--memory brings its own questions, one at a time; leave out --text, --data and --batch"
         )
-    llm = options.Loading(model, dtype, device, prefill, decode="lookahead").load()
+    loading = options.Loading(model, dtype, device, prefill, decode="lookahead")
+    if data is not None:
+        if batch > 1:
+            raise ConfigError(f"--batch {batch} is for workloads; --data is answered one by one")
+        bench_decode_data(
+            loading,
+            data,
+            num_samples=answers,
+            length=length,
+            max_new_tokens=max_new_tokens,
+            runs=runs,
+            json=json,
+        )
+        return
+    llm = loading.load()
     from lazyahead.bench.decode import measure_decode, measure_memory
     from lazyahead.bench.workloads import stream_of_questions
 
@@ -75,7 +97,7 @@ def bench_decode(
             stream = stream_of_questions(llm, length, max(2, answers), max_new_tokens, seed)
             rows = [measure_memory(llm, stream, runs, str(path), progress=status.update)]
         else:
-            works = _workloads(llm, workload, text, prompts, (length, count, max_new_tokens, seed))
+            works = _workloads(llm, workload, text, (length, count, max_new_tokens, seed))
             rows = [
                 measure_decode(llm, work, runs, batch=batch, progress=status.update)
                 for work in works
@@ -89,15 +111,13 @@ def bench_decode(
 
 
 def _workloads(
-    llm: LLM, names: str, text: Path | None, prompts: Path | None, sizes: tuple[int, int, int, int]
+    llm: LLM, names: str, text: Path | None, sizes: tuple[int, int, int, int]
 ) -> Iterator[Workload]:
-    from lazyahead.bench.workloads import file_workloads, text_workload, workload
+    from lazyahead.bench.workloads import text_workload, workload
 
     length, count, max_new_tokens, seed = sizes
     if text is not None:
         yield text_workload(llm, text, length, count, max_new_tokens)
-    elif prompts is not None:
-        yield from file_workloads(llm, prompts, count, max_new_tokens)
     else:
         for name in names.split(","):
             yield workload(llm, name.strip(), length, count, max_new_tokens, seed)

@@ -23,6 +23,11 @@ from rich.progress import (
 from rich.table import Table
 
 from lazyahead.cli import options
+from lazyahead.cli.bench_real_text import (
+    bench_real_text,
+    refuse_with_data,
+    refuse_without_data,
+)
 from lazyahead.cli.output import print_json, record, seconds, tables
 from lazyahead.errors import ConfigError, RequestError
 
@@ -48,11 +53,23 @@ HEADERS = (
 Categories = Annotated[
     str | None, typer.Option(help="Commas between. Left out: all six of LongBench.")
 ]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="Real text instead: a JSONL file or a folder of them, in the format of LongBench, "
+        "BABILong, or with `prompt` and `answers`."
+    ),
+]
+Lines = Annotated[str, typer.Option(help="With --data: all lines of each file, even or odd.")]
+LongestAnswer = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --data: longest answer. Left out: as the benchmark has it."),
+]
 Prefills = Annotated[
     list[str] | None,
     typer.Option(help="A preset or a profile (.toml). Several times; left out: balanced and fast."),
 ]
-Samples = Annotated[int, typer.Option("--n", min=1, help="Samples of each category.")]
+Samples = Annotated[int, typer.Option("--n", min=1, help="Samples of each category, or file.")]
 Length = Annotated[int, typer.Option(min=256, help="Prompt tokens, about.")]
 Seed = Annotated[
     int, typer.Option(min=0, help="Which samples are drawn, and what is dropped at random.")
@@ -67,6 +84,9 @@ DecodeOff = Annotated[
 
 def bench_quality(
     model: options.Model = None,
+    data: Data = None,
+    lines: Lines = "all",
+    max_new_tokens: LongestAnswer = None,
     length: Length = 8192,
     categories: Categories = None,
     prefill: Prefills = None,
@@ -95,8 +115,26 @@ def bench_quality(
 ) -> None:
     """Scores and speed-ups of lazy reading, random drop and static pruning, the last two at equal
     cost."""
-    layers = parse_layers(sweep, sweep_samples, figures)
     rules = parse_rules(prefill)
+    if data is not None:
+        built_in = {"--heldout": heldout, "--decode": decode, "--figures": figures}
+        refuse_with_data({**built_in, "--sweep": sweep, "--sweep-n": sweep_samples})
+        bench_real_text(
+            options.Loading(model, dtype, device, prefill="off", decode="off"),
+            data,
+            rules,
+            lines=lines,
+            categories=categories,
+            num_samples=num_samples,
+            length=length,
+            max_new_tokens=max_new_tokens,
+            runs=runs,
+            seed=seed,
+            json=json,
+        )
+        return
+    refuse_without_data(lines, max_new_tokens)
+    layers = parse_layers(sweep, sweep_samples, figures)
     ahead = options.parse_decode(decode)
     check_figures(figures)
     llm = options.Loading(model, dtype, device, prefill="off", decode="off").load()

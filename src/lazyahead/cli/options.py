@@ -26,7 +26,7 @@ BUILT_IN = "built-in reader"
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", help="Folder or hub name of a model. Left out: the built-in reader."
+        "--model", "-m", help="Folder, GGUF file or hub name. Left out: the built-in reader."
     ),
 ]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]

@@ -1,4 +1,4 @@
-"""Loading a model from a folder or a hub name: safetensors only, no remote code, one clear sentence
+"""Loading a model from a folder, a GGUF file or a hub name: no remote code, one clear sentence
 when it fails."""
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lazyahead.errors import (
     OutOfMemoryError,
     UnsupportedModelError,
 )
+from lazyahead.hf.gguf import gguf_config, is_gguf, load_gguf
 
 T = TypeVar("T")
 NETWORK_TIMEOUT_S = 5.0
@@ -40,6 +41,8 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrain
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     target = _device(device)
+    if is_gguf(name):
+        return load_gguf(name, dtype, target)
     _check_folder(name)
     try:
         model, tokenizer = _nearest(name, lambda **where: _parts(name, dtype, **where))
@@ -168,6 +171,8 @@ def _check_folder(name: str) -> None:
 
 def model_config(name: str) -> Any:
     """The config alone. Raises as `load`."""
+    if is_gguf(name):
+        return gguf_config(name)
     _check_folder(name)
     try:
         return _nearest(

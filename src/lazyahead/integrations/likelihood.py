@@ -34,10 +34,16 @@ class _Dictated(Picker):
         return token
 
 
-def dictate(llm: LLM, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Scored]:
+def dictate(
+    llm: LLM,
+    pairs: Sequence[tuple[list[int], list[int]]],
+    questions: Sequence[tuple[int, int] | None] | None = None,
+) -> list[Scored]:
     """Each (context, continuation) scored as the engine would write it, token by token: the context
     is read by `llm.prefill`, and each token brings back what it asks for. All at once; none may
-    be empty."""
+    be empty. `questions` are the half-open spans of the contexts' questions, where they are
+    known."""
+    spans = questions or [None] * len(pairs)
     pickers = [_Dictated(continuation) for _, continuation in pairs]
     llm.engine.answer(
         [
@@ -46,9 +52,10 @@ def dictate(llm: LLM, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Scor
                 picker,
                 session=llm.session(),
                 max_new_tokens=len(continuation),
+                question=question,
                 min_tokens=llm.prefill.min_tokens if llm.prefill is not None else None,
             )
-            for (context, continuation), picker in zip(pairs, pickers, strict=True)
+            for (context, continuation), picker, question in zip(pairs, pickers, spans, strict=True)
         ]
     )
     return [(picker.log_prob, picker.is_greedy) for picker in pickers]
