@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lazyahead.reader.pages import Page
-from lazyahead.reader.plans import Stage
 from lazyahead.reader.prompt import READ_FIRST
 from lazyahead.reader.tasks import CHARS_PER_TOKEN, build_page
 from lazyahead.reader.world import World
+from training.plans import Stage
 
 MAX_POSITION = 16384
 ANSWER_WEIGHT, REPEAT_WEIGHT, CONTEXT_WEIGHT, CONTEXT_SHARE = 1.0, 0.5, 0.1, 0.25

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention
 
-from lazyahead.reader.vocabulary import Vocabulary
+from training.vocabulary import Vocabulary
 
 GATHER_LAYER = 1
 NO_ROPE_LAYERS = (4, 5, 6, 9)
