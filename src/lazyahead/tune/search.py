@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from math import inf
 from typing import NamedTuple
@@ -10,13 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lazyahead.prefill.schedule import (
-    LayerShape,
-    Schedule,
-    boundaries,
-    kept_by_layer,
-    prefill_flops,
-)
+from lazyahead.prefill.config import LazyPrefill
+from lazyahead.prefill.cost import ModelCost, ideal_speedup, kept_counts
+from lazyahead.prefill.schedule import Schedule
 
 RATIOS = (0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
 MOST_DEPTHS = 16
@@ -29,23 +26,30 @@ RETREAT = 0.1
 
 
 class Candidate(NamedTuple):
-    """A schedule, the prompt tokens it computes at each layer, and what that saves: full FLOPs over
-    its FLOPs."""
+    """A schedule, the prompt tokens it computes at each layer, and its ideal speed-up."""
 
     schedule: Schedule
     kept: tuple[int, ...]
     speedup: float
 
 
-def candidates(
-    attends_fully: Sequence[bool], num_tokens: int, num_protected: int, shape: LayerShape
-) -> list[Candidate]:
-    """Schedules of one cut and of two, at the layers where one can look and with `RATIOS`, that
-    keep different counts.
+def candidates(base: LazyPrefill, model: ModelCost, num_tokens: int) -> list[Candidate]:
+    """Schedules for `base` of one boundary and of two, with `RATIOS`, that keep different counts of
+    a prompt of `num_tokens` tokens.
 
-    `attends_fully[l]` says that layer l sees every earlier token. At least `num_protected` tokens
-    always go on.
+    Boundaries lie where the layer below attends to every earlier token, if any layer does.
     """
+    found: dict[tuple[int, ...], Candidate] = {}
+    for schedule in _schedules(model.attends_fully):
+        config = replace(base, schedule=schedule)
+        kept = kept_counts(config, model, num_tokens)
+        if kept not in found:
+            found[kept] = Candidate(schedule, kept, ideal_speedup(config, model, num_tokens))
+    return list(found.values())
+
+
+def _schedules(attends_fully: Sequence[bool]) -> list[Schedule]:
+    """All pairs of a depth and a ratio, and all two of them where ratios shrink with depth."""
     num_layers = len(attends_fully)
     layers = [
         layer
@@ -56,13 +60,7 @@ def candidates(
     depths = [round(layers[index * len(layers) // num] / num_layers, 4) for index in range(num)]
     once = [((depth, ratio),) for depth in depths for ratio in RATIOS]
     twice = [(a, b) for (a,), (b,) in combinations(once, 2) if b[0] > a[0] and b[1] < a[1]]
-    everything = prefill_flops([num_tokens] * num_layers, shape)
-    found: dict[tuple[int, ...], Candidate] = {}
-    for schedule in [*once, *twice]:
-        counts = kept_by_layer(boundaries(schedule, attends_fully), num_layers, num_tokens)
-        kept = tuple(min(num_tokens, max(count, num_protected)) for count in counts)
-        found.setdefault(kept, Candidate(schedule, kept, everything / prefill_flops(kept, shape)))
-    return list(found.values())
+    return [*once, *twice]
 
 
 class Search:

@@ -13,9 +13,10 @@ from statistics import median
 from typing import NamedTuple
 
 from lazyahead.config import LazyPrefill
-from lazyahead.errors import ConfigError, RequestError
+from lazyahead.errors import ConfigError, RequestError, UnsupportedModelError
 from lazyahead.hf.probe import examine
 from lazyahead.llm import LLM
+from lazyahead.prefill.cost import ModelCost
 from lazyahead.prefill.schedule import Schedule
 from lazyahead.prefill.score import SCORERS, AheadRange, LastToken, Scorer, Window
 from lazyahead.sampling import Sampling
@@ -146,18 +147,17 @@ class _Tuning:
         progress: Progress,
     ) -> None:
         self._answers, self._base, self._agree, self._progress = answers, base, agree, progress
-        _, spec = examine(llm.model)
-        assert spec is not None  # or `llm` had refused to read lazily
-        num_protected = base.protect_first + base.protect_last
-        self._candidates = candidates(spec.attends_fully, length, num_protected, spec.layer_shape)
+        support, spec = examine(llm.model)
+        if spec is None:
+            raise UnsupportedModelError(f"{llm.name} can only decode: {support.reason}")
+        self._model, self._length = ModelCost.of(spec), length
         every = range(answers.num_tasks)
         holds_out = len(every) >= ENOUGH_TO_HOLD_OUT
         self._guides: Sequence[int] = every[::2] if holds_out else every
         self._judges: Sequence[int] = every[1::2] if holds_out else ()
-        self._best: dict[tuple[float, float], tuple[LazyPrefill, float]] = {}
-        """Rule and speed-up by FLOPs, for each pair of depths to which scorers run ahead and from
-        which they look far: these FLOPs count neither what the one costs nor what the other
-        saves."""
+        self._best: dict[AheadRange, tuple[LazyPrefill, float]] = {}
+        """Rule and ideal speed-up for each range of layers in which scorers run ahead: what these
+        cost beside FLOPs differs, so the clock decides between them."""
         self.num_rejected = 0
 
     def improve(self, scorer: Scorer) -> None:
@@ -182,7 +182,8 @@ class _Tuning:
             self.num_rejected += not is_good
             return is_good
 
-        search = Search(self._candidates, least=least)
+        base = replace(self._base, scorer=scorer)
+        search = Search(candidates(base, self._model, self._length), least=least)
         best = strongest(search, passes, holds)
         if best is not None:
             self._best[kind] = rule(best), best.speedup
