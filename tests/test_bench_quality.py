@@ -1,5 +1,7 @@
-"""`lazyahead bench quality`: its contract, its baselines at equal cost, its pictures; prompts as
-short as can be."""
+"""`lazyahead bench quality`: its contract, and its baselines at equal cost.
+
+Prompts are as short as can be.
+"""
 
 import json
 from dataclasses import replace
@@ -7,10 +9,7 @@ from dataclasses import replace
 import pytest
 from tiny import save_model
 
-from lazyahead.bench import figures, sweep
 from lazyahead.bench.methods import Cost, quality_methods, second_turn_methods
-from lazyahead.bench.quality import QualityRow
-from lazyahead.bench.sweep import KEEP_RATIOS, SweepPoint, default_layers, schedules
 from lazyahead.cli import run
 from lazyahead.config import PRESETS, LazyPrefill
 from lazyahead.prefill.cost import LayerCost, ModelCost
@@ -149,73 +148,7 @@ def test_without_revival_nothing_else_differs():
         (("--decode", "fast"), "fast"),
         (("--length", "100"), "--length"),
         (("--n", "0"), "--n"),
-        (("--sweep", "3"), "--figures"),
-        (("--sweep-n", "3"), "--figures"),
-        (("--sweep", "x", "--figures", "."), "x"),
-        (("--sweep", "99", "--figures", "."), "99"),
-        (("--figures", "pyproject.toml"), "pyproject.toml"),
     ],
 )
 def test_a_mistake_is_named(capsys, options, named):
     assert named in refusal(capsys, *options)
-
-
-def test_pictures_without_matplotlib_are_refused_before_any_work(capsys, monkeypatch, tmp_path):
-    def missing(name: str) -> None:
-        raise ImportError(name)
-
-    monkeypatch.setattr(figures, "import_module", missing)
-    assert "lazyahead[plot]" in refusal(capsys, "--figures", str(tmp_path))
-
-
-def test_a_sweep_goes_from_weak_to_strong():
-    lazy = [method.rule for method in schedules(PRESETS["balanced"], COST) if method.name == "lazy"]
-    speeds = [COST.ideal_speedup(rule) for rule in lazy]
-    assert speeds == sorted(speeds)
-    assert len(set(speeds)) == len(speeds) > 2
-    assert default_layers(12) == [2, 4, 6, 8, 10]
-    assert default_layers(2) == [1]
-
-
-def test_a_sweep_is_measured_and_drawn(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "DEPTH_SCALES", (1.0,))
-    folder = tmp_path / "new" / "pictures"
-    options = (
-        "--categories",
-        "few_shot",
-        "--prefill",
-        "balanced",
-        "--figures",
-        str(folder),
-        "--sweep",
-        "6",
-    )
-    points = measure(capsys, *options)["sweep"]
-    cuts = [point for point in points if point["method"] == "one_cut"]
-    assert [(point["layer"], point["keep_ratio"]) for point in cuts] == [
-        (6, ratio) for ratio in KEEP_RATIOS
-    ]
-    assert {point["method"] for point in points} == {
-        "lazy",
-        "random_drop",
-        "static_prune",
-        "one_cut",
-    }
-    assert all(point["ttft_speedup"] > 0 for point in points)
-    assert all(path.stat().st_size > 1000 for path in folder.iterdir())
-    assert {path.name for path in folder.iterdir()} == {"quality-speedup.png", "quality-layers.png"}
-
-
-def test_pictures_are_small_and_bear_missing_scores(tmp_path):
-    points = [
-        SweepPoint(method, layer, ratio, relative, 0.5, 1 + layer / 4, 1.5)
-        for method in ("lazy", "random_drop", "static_prune", "one_cut")
-        for layer, relative in ((2, 0.4), (6, 1.3), (8, None))
-        for ratio in KEEP_RATIOS
-    ]
-    preset = QualityRow(
-        "average", "lazy", "fast", 1, 0.9, 0.9, 1, 1, 2, 2, 0.5, 3, 400, 20, None, None
-    )
-    for path in figures.draw_figures(tmp_path, "a model, 384 tokens", points, [preset]):
-        assert path.read_bytes().startswith(b"\x89PNG")
-        assert path.stat().st_size < 40_000

@@ -8,7 +8,7 @@ together, medians over the rounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
 
@@ -17,8 +17,7 @@ from lazyahead.bench.sides import Shot, Side, ours, plain_transformers, prompt_l
 from lazyahead.bench.workloads import Workload
 from lazyahead.config import Lookahead
 from lazyahead.llm import LLM
-
-Progress = Callable[[str], None]
+from lazyahead.report import Report, silent
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class DecodeRow:
 
 
 @dataclass(frozen=True)
-class _Round:
+class _DecodeRound:
     """All prompts once: the shots of each side, prompt by prompt."""
 
     shots: dict[str, list[Shot]]
@@ -81,7 +80,7 @@ class _Round:
 
 
 def measure_decode(
-    llm: LLM, work: Workload, runs: int, *, batch: int = 1, progress: Progress = lambda _: None
+    llm: LLM, work: Workload, runs: int, *, batch: int = 1, progress: Report = silent
 ) -> DecodeRow:
     """`llm` brings the model, how it reads, and how it looks ahead. With a `batch`, our two sides
     only."""
@@ -96,7 +95,7 @@ def measure_decode(
 
 
 def measure_memory(
-    llm: LLM, work: Workload, runs: int, path: str, *, progress: Progress = lambda _: None
+    llm: LLM, work: Workload, runs: int, path: str, *, progress: Report = silent
 ) -> DecodeRow:
     """The second half of a stream of questions, after the first half was answered and remembered in
     a new `path`.
@@ -133,8 +132,8 @@ def _rounds(
     batch: int,
     runs: int,
     meters: Sequence[Meter],
-    progress: Progress,
-) -> list[_Round]:
+    progress: Report,
+) -> list[_DecodeRound]:
     groups = [work.prompts[start : start + batch] for start in range(0, len(work.prompts), batch)]
     rounds = []
     for run in range(runs + 1):
@@ -151,12 +150,12 @@ def _rounds(
             turn = (run + number) % len(sides)
             for name in [*sides, *sides][turn : turn + len(sides)]:
                 shots[name].append(sides[name](prompts))
-        rounds.append(_Round(shots))
+        rounds.append(_DecodeRound(shots))
     return rounds[1:]
 
 
 def _row(
-    work: Workload, batch: int, rounds: Sequence[_Round], drafted: Meter, undrafted: Meter
+    work: Workload, batch: int, rounds: Sequence[_DecodeRound], drafted: Meter, undrafted: Meter
 ) -> DecodeRow:
     speeds = {side: median(r.speed(side) for r in rounds) for side in rounds[0].shots}
     shots = {side: [shot for r in rounds for shot in r.shots[side]] for side in speeds}

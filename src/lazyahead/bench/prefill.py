@@ -7,10 +7,10 @@ The first round of each length is not counted. Medians of the rest are reported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,7 @@ from lazyahead.bench.shapes import build_shape
 from lazyahead.cache.session import Session
 from lazyahead.config import LazyPrefill
 from lazyahead.llm import LLM
+from lazyahead.report import Report, silent
 from lazyahead.results import Piece
 from lazyahead.sampling import Sampling
 
@@ -29,7 +30,6 @@ NUM_STEPS = 8
 NUM_QUESTION = 16
 """Tokens of the second question."""
 SAMPLING = Sampling(max_new_tokens=1 + NUM_STEPS, ignore_eos=True)
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,10 @@ class Subject:
 
     def load(self, prefill: LazyPrefill | None) -> LLM:
         """The model behind our engine, without drafting."""
-        given = {"model": self.model, "dtype": self.dtype, "device": self.device}
+        given: dict[str, Any] = {"model": self.model, "dtype": self.dtype, "device": self.device}
         if self.shape is None:
-            return LLM(
-                **{k: v for k, v in given.items() if v is not None}, prefill=prefill, decode=None
-            )  # type: ignore[arg-type]
+            given = {name: value for name, value in given.items() if value is not None}
+            return LLM(**given, prefill=prefill, decode=None)
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, self.dtype or "bfloat16")
         return LLM(
@@ -88,7 +87,7 @@ class PrefillRow:
     prompt_tokens_computed: float
 
 
-class _Shot(NamedTuple):
+class _Timing(NamedTuple):
     """One prefill and a few steps."""
 
     ttft_s: float
@@ -96,10 +95,10 @@ class _Shot(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Round:
-    baseline: _Shot
-    ours: _Shot
-    keep_all: _Shot
+class _PrefillRound:
+    baseline: _Timing
+    ours: _Timing
+    keep_all: _Timing
     second_s: float
 
 
@@ -110,7 +109,7 @@ def measure_prefill(
     runs: int = 3,
     *,
     memory: bool = True,
-    progress: Progress = lambda _: None,
+    progress: Report = silent,
 ) -> tuple[LLM, list[PrefillRow]]:
     """Measures each length, shortest first."""
     lengths = sorted(lengths)
@@ -132,10 +131,10 @@ def measure_prefill(
 
 
 def _measure_length(
-    llm: LLM, length: int, runs: int, memory: tuple[float | None, float | None], progress: Progress
+    llm: LLM, length: int, runs: int, memory: tuple[float | None, float | None], progress: Report
 ) -> PrefillRow:
     keep_all = LLM(llm.model, tokenizer=llm.tokenizer, prefill=None, decode=None)
-    token_ids, rounds = random_prompt(llm, length + NUM_QUESTION), list[_Round]()
+    token_ids, rounds = random_prompt(llm, length + NUM_QUESTION), list[_PrefillRound]()
     computed = 1.0
     for run in range(runs + 1):
         progress(f"{length} tokens, round {run} of {runs}" if run else f"{length} tokens, warm-up")
@@ -146,8 +145,8 @@ def _measure_length(
         second, _ = _shoot(llm, [*session.history, *token_ids[length:]], session)
         whole, _ = _shoot(keep_all, token_ids[:length])
         rounds.append(
-            _Round(
-                _Shot(baseline.ttft_s, baseline.decode_s / NUM_STEPS), ours, whole, second.ttft_s
+            _PrefillRound(
+                _Timing(baseline.ttft_s, baseline.decode_s / NUM_STEPS), ours, whole, second.ttft_s
             )
         )
     rounds = rounds[1:]
@@ -184,10 +183,10 @@ def random_prompt(llm: LLM, length: int, seed: int = 0) -> list[int]:
     return ids
 
 
-def _shoot(llm: LLM, token_ids: list[int], session: Session | None = None) -> tuple[_Shot, Piece]:
+def _shoot(llm: LLM, token_ids: list[int], session: Session | None = None) -> tuple[_Timing, Piece]:
     """One prompt through our engine."""
     *_, last = llm.stream(token_ids, sampling=SAMPLING, session=session)
-    return _Shot(last.stats.ttft_s, last.stats.decode_s / NUM_STEPS), last
+    return _Timing(last.stats.ttft_s, last.stats.decode_s / NUM_STEPS), last
 
 
 def _reviving_step_ratio(llm: LLM, token_ids: list[int], runs: int) -> float | None:

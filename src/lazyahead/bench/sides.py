@@ -7,9 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
-from transformers.generation.streamers import BaseStreamer
-
 from lazyahead.bench.baseline import run_baseline
 from lazyahead.engine.request import Request
 from lazyahead.hf.processors import picker_for
@@ -54,52 +51,21 @@ def ours(llm: LLM, sampling: Sampling) -> Side:
 
 def plain_transformers(llm: LLM, sampling: Sampling) -> Side:
     """transformers `generate`."""
-
-    def answer(prompts: Prompts) -> Shot:
-        run = run_baseline(llm.model, prompts[0], sampling, llm.tokenizer)
-        return Shot((run.token_ids,), len(run.token_ids) - 1, run.decode_s)
-
-    return answer
+    return _generate(llm, sampling)
 
 
 def prompt_lookup(llm: LLM, sampling: Sampling) -> Side:
     """transformers `generate` with its own drafting."""
-    options: dict[str, Any] = {
-        "prompt_lookup_num_tokens": LOOKUP_TOKENS,
-        "max_new_tokens": sampling.max_new_tokens,
-        "min_new_tokens": sampling.max_new_tokens if sampling.ignore_eos else None,
-        "do_sample": sampling.temperature > 0,
-        "pad_token_id": llm.eos_ids[0] if llm.eos_ids else 0,
-    }
-    if sampling.temperature > 0:
-        options |= {"temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+    return _generate(llm, sampling, prompt_lookup_num_tokens=LOOKUP_TOKENS)
 
+
+def _generate(llm: LLM, sampling: Sampling, **options: Any) -> Side:
     def answer(prompts: Prompts) -> Shot:
         (prompt,) = prompts
-        steps, ids = _Steps(), torch.tensor([prompt], device=llm.model.device)
-        output = llm.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), streamer=steps, **options
-        )
-        _, (begin, _), *later = steps.seen  # the prompt, the first pass, the others
-        token_ids = tuple(output[0, len(prompt) :].tolist())
-        num_timed, end = sum(num for _, num in later), later[-1][0] if later else begin
-        return Shot((token_ids,), num_timed, end - begin, len(later))
+        run = run_baseline(llm.model, prompt, sampling, llm.tokenizer, **options)
+        return Shot((run.token_ids,), run.num_timed, run.decode_s, run.num_steps, run.ttft_s)
 
     return answer
-
-
-class _Steps(BaseStreamer):  # type: ignore[misc]
-    """Notes when tokens come, and how many: prompt lookup brings several at once, already with the
-    first pass."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[float, int]] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.seen.append((time.perf_counter(), value.numel()))
-
-    def end(self) -> None:
-        pass
 
 
 def _stream(llm: LLM, prompt: list[int], sampling: Sampling) -> Shot:
