@@ -24,7 +24,7 @@ BLOCK_CHARACTERS = 4000
 in view."""
 
 
-class AcceptanceBucket(NamedTuple):
+class DepthKind(NamedTuple):
     """What tokens that look alike on the page have in common."""
 
     depth: int
@@ -44,10 +44,10 @@ class AcceptanceBucket(NamedTuple):
         return f"{revived}read through {self.depth} of {num_layers} layers, deferred since"
 
 
-class Run(NamedTuple):
+class TextRun(NamedTuple):
     """Neighbouring tokens of one kind."""
 
-    kind: AcceptanceBucket
+    kind: DepthKind
     text: str
 
 
@@ -56,7 +56,7 @@ def explain_page(
 ) -> str:
     """The page. All text is escaped."""
     kinds = [
-        AcceptanceBucket(depth, depth > before)
+        DepthKind(depth, depth > before)
         for depth, before in zip(reach.depth, reach.prefill_depth, strict=True)
     ]
     counts = Counter(kinds)
@@ -104,13 +104,13 @@ def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def runs(kinds: Sequence[AcceptanceBucket], texts: Sequence[str]) -> Iterator[Run]:
+def runs(kinds: Sequence[DepthKind], texts: Sequence[str]) -> Iterator[TextRun]:
     """Neighbours of one kind become one run: thousands of tokens, hundreds of elements."""
     for kind, group in groupby(zip(kinds, texts, strict=True), key=lambda pair: pair[0]):
-        yield Run(kind, "".join(text for _, text in group))
+        yield TextRun(kind, "".join(text for _, text in group))
 
 
-def _blocks(all_runs: Iterator[Run]) -> Iterator[str]:
+def _blocks(all_runs: Iterator[TextRun]) -> Iterator[str]:
     """Spans, in blocks that end where a line does."""
     block, length = list[str](), 0
     for run in all_runs:
@@ -127,11 +127,11 @@ def _blocks(all_runs: Iterator[Run]) -> Iterator[str]:
     yield f"<div>{''.join(block)}</div>"
 
 
-def _span(kind: AcceptanceBucket, text: str) -> str:
+def _span(kind: DepthKind, text: str) -> str:
     return f'<span class="{kind.css}">{escape(text, quote=False)}</span>' if text else ""
 
 
-def _rule(kind: AcceptanceBucket, num_layers: int) -> str:
+def _rule(kind: DepthKind, num_layers: int) -> str:
     """Deeper is stronger: colour behind the text, and dim ink for what was hardly read."""
     share = kind.depth / max(1, num_layers)
     selector = "." + kind.css.replace(" ", ".")
@@ -142,12 +142,12 @@ def _rule(kind: AcceptanceBucket, num_layers: int) -> str:
     )
 
 
-def _order(counts: Counter[AcceptanceBucket]) -> list[AcceptanceBucket]:
+def _order(counts: Counter[DepthKind]) -> list[DepthKind]:
     """Deepest first."""
     return sorted(counts, key=lambda kind: (-kind.depth, kind.revived))
 
 
-def _legend_row(kind: AcceptanceBucket, count: int, total: int, num_layers: int) -> str:
+def _legend_row(kind: DepthKind, count: int, total: int, num_layers: int) -> str:
     words = escape(kind.words(num_layers))
     share = f'<td class="n">{count:,}</td><td class="n">{count / total:.1%}</td>'
     return f'<tr><td><span class="{kind.css}">text</span></td>{share}<td>{words}</td></tr>'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor
 from typing import NamedTuple
@@ -11,10 +11,8 @@ from typing import NamedTuple
 from lazyahead.config import LazyPrefill
 from lazyahead.errors import RequestError
 from lazyahead.llm import LLM
+from lazyahead.report import Report
 from lazyahead.sampling import Sampling
-
-Progress = Callable[[str, float], None]
-"""Hears what is going on, and the fraction of it that is done."""
 
 
 class Task(NamedTuple):
@@ -27,7 +25,7 @@ class Task(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Agreement:
+class AgreementCount:
     """How many answers are the same, of how many."""
 
     agreed: int
@@ -39,7 +37,7 @@ class Answers:
     less."""
 
     def __init__(
-        self, llm: LLM, tasks: Sequence[Task], max_new_tokens: int, progress: Progress
+        self, llm: LLM, tasks: Sequence[Task], max_new_tokens: int, progress: Report
     ) -> None:
         """`llm` reads everything. Raises RequestError, ContextLengthError naming a task that cannot
         be answered."""
@@ -100,9 +98,9 @@ class Answers:
                 return False
         return True
 
-    def agreement(self, rule: LazyPrefill, which: Sequence[int]) -> Agreement:
+    def agreement(self, rule: LazyPrefill, which: Sequence[int]) -> AgreementCount:
         """How many of these answers are the same."""
-        return Agreement(sum(self.same(rule, index) for index in which), len(which))
+        return AgreementCount(sum(self.same(rule, index) for index in which), len(which))
 
     def _compare(self, rule: LazyPrefill, index: int) -> bool:
         task, expected, num_seen = self._tasks[index], self._expected[index], 0
@@ -114,11 +112,11 @@ class Answers:
 
     def _reader(self, rule: LazyPrefill) -> LLM:
         if self._lazy.prefill != rule:
-            self._lazy = reading_by(self._llm, rule)
+            self._lazy = under(self._llm, rule)
         return self._lazy
 
 
-def reading_by(llm: LLM, rule: LazyPrefill | None) -> LLM:
+def under(llm: LLM, rule: LazyPrefill | None) -> LLM:
     """The same weights, read by another rule, without drafts."""
     other = LLM(llm.model, tokenizer=llm.tokenizer, prefill=rule, decode=None)
     other.name = llm.name

@@ -19,8 +19,9 @@ from lazyahead.llm import LLM
 from lazyahead.prefill.cost import ModelCost
 from lazyahead.prefill.schedule import Schedule
 from lazyahead.prefill.score import SCORERS, AheadRange, LastToken, Scorer, Window
+from lazyahead.report import Report, silent
 from lazyahead.sampling import Sampling
-from lazyahead.tune.answers import Agreement, Answers, Progress, Task, reading_by
+from lazyahead.tune.answers import AgreementCount, Answers, Task, under
 from lazyahead.tune.search import Candidate, Search, candidates, strongest
 
 ENOUGH_TO_HOLD_OUT = 8
@@ -43,9 +44,9 @@ class Found:
     same engine."""
 
     prefill: LazyPrefill
-    search: Agreement
+    search: AgreementCount
     """Of the prompts that guided the search."""
-    held_out: Agreement | None
+    held_out: AgreementCount | None
     """Of those that did not; None where there are too few to hold any out."""
     ideal_speedup: float
     """By FLOPs of the rows that are kept, at the median length."""
@@ -82,7 +83,7 @@ def tune(
     max_new_tokens: int = 64,
     agree: float = 1.0,
     runs: int = 3,
-    progress: Progress = lambda text, done: None,
+    progress: Report = silent,
 ) -> Tuned:
     """Searches schedules for `base`, whose other settings stay, with its scorer and with others.
 
@@ -104,7 +105,7 @@ def tune(
             f"longest has {max(lengths, default=0)}); give longer ones, or a lower min_tokens"
         )
     length = int(median(length for length in lengths if length >= base.min_tokens))
-    answers = Answers(reading_by(llm, None), fitting, max_new_tokens, progress)
+    answers = Answers(under(llm, None), fitting, max_new_tokens, progress)
     tuning = _Tuning(llm, answers, base, agree, length, progress)
     for scorer in scorers(base.scorer):
         tuning.improve(scorer)
@@ -144,7 +145,7 @@ class _Tuning:
         base: LazyPrefill,
         agree: float,
         length: int,
-        progress: Progress,
+        progress: Report,
     ) -> None:
         self._answers, self._base, self._agree, self._progress = answers, base, agree, progress
         support, spec = examine(llm.model)
@@ -197,7 +198,7 @@ class _Tuning:
         ]
         return max(all_found, key=lambda found: found.clock.speedup, default=None)
 
-    def _agreement(self, rule: LazyPrefill) -> tuple[Agreement, Agreement | None]:
+    def _agreement(self, rule: LazyPrefill) -> tuple[AgreementCount, AgreementCount | None]:
         guides, judges = (
             self._answers.agreement(rule, which) for which in (self._guides, self._judges)
         )
@@ -211,11 +212,9 @@ def words(schedule: Schedule) -> str:
     )
 
 
-def _time(
-    llm: LLM, rule: LazyPrefill, tasks: Sequence[Task], runs: int, progress: Progress
-) -> Clock:
+def _time(llm: LLM, rule: LazyPrefill, tasks: Sequence[Task], runs: int, progress: Report) -> Clock:
     """Both sides on each task, one after the other, the order alternating."""
-    sampling, sides = Sampling(max_new_tokens=1), [reading_by(llm, None), reading_by(llm, rule)]
+    sampling, sides = Sampling(max_new_tokens=1), [under(llm, None), under(llm, rule)]
     shots: list[tuple[float, float]] = []
     for run in range(runs):
         for number, task in enumerate(tasks):
