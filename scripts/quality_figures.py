@@ -1,4 +1,4 @@
-"""The paper's figures 5 and 6 for a model: scores over speed-ups, and over the layer of one boundary.
+"""The paper's figures 5 and 6 for a model: scores over speed-ups and over the layer of a boundary.
 
 Writes `quality-speedup.png` and `quality-layers.png` into a folder and prints the points as one
 JSON line. Needs the extra `plot`.

@@ -1,4 +1,4 @@
-"""`lazyahead bench quality --turns 2`: its contract, and that the second turn goes on from the first."""
+"""`lazyahead bench quality --turns 2`: its contract, and what the second turn computes."""
 
 import json
 

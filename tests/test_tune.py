@@ -168,8 +168,9 @@ def tasks(count: int, repeat: int = 2) -> list[Task]:
 def forgetful() -> LLM:
     """A model whose attention adds nothing: whatever is deferred, it says the same."""
     config = AutoConfig.for_model(
-        "llama", vocab_size=len(byte_level()), hidden_size=32, intermediate_size=64, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=None, pad_token_id=2,
+        "llama", vocab_size=len(byte_level()), hidden_size=32, intermediate_size=64,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        bos_token_id=0, eos_token_id=None, pad_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()

@@ -85,7 +85,8 @@ def losses(model: SmolLM3ForCausalLM, batch: Batch, device: str) -> tuple[Tensor
         ).last_hidden_state  # (B, S, D)
         wanted = weights[:, 1:] > 0
         logits = model.lm_head(hidden[wanted]).float()  # (W, V)
-    target, weight = ids[:, 1:][wanted], weights[:, 1:][wanted]
+    target = ids[:, 1:][wanted]
+    weight = weights[:, 1:][wanted]
     each = F.cross_entropy(logits, target, reduction="none")
     with torch.no_grad():
         answers = weight >= ANSWER_WEIGHT
@@ -101,7 +102,8 @@ def train(run: TrainingRun, until: int | None = None) -> TrainingProgress:
     The folder gets `checkpoint/`, `curve.jsonl` and `weights/` (bf16, loadable by
     AutoModelForCausalLM).
     """
-    weights_folder, checkpoint = run.folder / "weights", run.folder / "checkpoint"
+    weights_folder = run.folder / "weights"
+    checkpoint = run.folder / "checkpoint"
     tokenizer = _tokenizer(run, weights_folder)
     model = _first_model(run, tokenizer).to(run.device)
     optimizer = make_optimizer(model)

@@ -1,5 +1,5 @@
-"""Whether two ways of answering write the same tokens: nothing deferred and plain transformers,
-drafts and none."""
+"""Whether two configurations generate the same tokens: nothing deferred against plain transformers,
+drafts against none."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEMPERATURE = 0.8
 
 
 class Parting(NamedTuple):
-    """Where two ways of answering part."""
+    """The first difference between two answers to one prompt."""
 
     check: str
     prompt: int
@@ -34,18 +34,18 @@ class Parting(NamedTuple):
 
 
 class Agreement:
-    """Answers several ways, a batch of prompts after the other. What is kept is counts and where
-    answers part.
+    """Compares configurations on batches of prompts. It keeps counts and the first differences.
 
     `keep_all`: nothing deferred, all prompts of a batch at once, against transformers' `generate`,
-    one by one. `drafting`: with drafts, at once, against none, both reading by `rule`. `sampled`:
-    the same, drawn with a seed. A model that can only be decoded plainly gets the first check
-    alone.
+    one by one. `drafting`: with drafts against none, both in a batch and under the prefill strategy
+    `rule`. `sampled`: the same, sampled with a seed. A model that can only decode gets the first
+    check alone.
     """
 
     def __init__(self, llm: LLM, rule: LazyPrefill | None, max_new_tokens: int) -> None:
         """`llm` defers nothing and drafts nothing."""
-        self._llm, self._rule = llm, rule
+        self._llm = llm
+        self._rule = rule
         self._greedy = Sampling(max_new_tokens=max_new_tokens)
         self._seeded = Sampling(max_new_tokens=max_new_tokens, temperature=TEMPERATURE, seed=0)
         self.partings: dict[str, list[Parting]] = {"keep_all": []}
@@ -59,7 +59,8 @@ class Agreement:
             )
 
     def add(self, prompts: list[list[int]]) -> None:
-        """Answers these, token ids each, all ways. Raises RequestError, ContextLengthError."""
+        """Compares all configurations on a batch of prompts, token ids each. Raises RequestError,
+        ContextLengthError."""
         kept = _answers(self._llm.generate(prompts, sampling=self._greedy))
         expected = [
             baseline.run_baseline(self._llm.model, token_ids, self._greedy).token_ids
@@ -121,7 +122,7 @@ class Agreement:
         return None if logits is None else float(logits[parting.left] - logits[parting.right])
 
     def _logits(self, prompt: list[int], written: list[int]) -> Tensor:
-        """Of the plain model, (V,), after a prompt and what it has written."""
+        """Of the plain model, (V,), after a prompt and the first tokens of its answer."""
         with torch.no_grad():
             logits: Tensor = self._llm.model(
                 torch.tensor([prompt + written], device=self._llm.model.device)
@@ -129,7 +130,7 @@ class Agreement:
         return logits[0, -1].float()
 
     def _lazy_logits(self, prompt: list[int], written: list[int]) -> Tensor | None:
-        """Likewise, read by the rule; None where it writes something else by now."""
+        """The same under the prefill strategy; None where the answer differs before that place."""
         input_ids = torch.tensor([prompt], device=self._llm.model.device)
         with accelerate(self._llm.model, prefill=self._rule):
             output = self._llm.model.generate(

@@ -73,8 +73,7 @@ def run_baseline(
 
 
 def _options(model: PreTrainedModel, sampling: Sampling, tokenizer: Any) -> dict[str, Any]:
-    """Our settings in transformers' words; said even where they are defaults, as the model's own
-    may differ."""
+    """Our settings under transformers' names; defaults too, since those of the model may differ."""
     options: dict[str, Any] = {
         "max_new_tokens": sampling.max_new_tokens,
         "min_new_tokens": sampling.max_new_tokens
@@ -100,7 +99,7 @@ def _options(model: PreTrainedModel, sampling: Sampling, tokenizer: Any) -> dict
 
 
 def _first(*token_ids: int | list[int] | None) -> int:
-    """The first that is there."""
+    """The first token id that is not None."""
     for token_id in token_ids:
         if isinstance(token_id, int):
             return token_id

@@ -1,5 +1,5 @@
-"""Ways of reading that the quality benchmark compares: lazily, and the paper's two baselines at the
-same cost."""
+"""Prefill strategies that the quality benchmark compares: lazy ones, and the paper's two baselines
+at the same cost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFERENCE = "balanced"
 
 @dataclass(frozen=True)
 class Method:
-    """One way of reading, under the name of its kind and of the preset it comes from."""
+    """A prefill strategy, with the name of its kind and of the preset it comes from."""
 
     name: str
     """`full`, `lazy`, `lazy_no_revival`, `random_drop`, `static_prune`."""
@@ -116,7 +116,7 @@ def reference(names: Sequence[str]) -> str:
 def quality_methods(
     rules: dict[str, LazyPrefill], cost: Cost, seed: int = 0, decode: Lookahead | None = None
 ) -> list[Method]:
-    """The lazy ways by the names of their presets, and the baselines at equal cost."""
+    """The lazy strategies by the names of their presets, and the baselines at equal cost."""
     name = reference(list(rules))
     lazy = [Method("lazy", preset, rule, decode) for preset, rule in rules.items()]
     return [
@@ -129,7 +129,7 @@ def quality_methods(
 def second_turn_methods(
     rules: dict[str, LazyPrefill], cost: Cost, decode: Lookahead | None = None
 ) -> list[Method]:
-    """The lazy ways with revival and without, and pruning for good at equal cost."""
+    """The lazy strategies with and without revival, and static pruning at equal cost."""
     methods = []
     for preset, rule in rules.items():
         methods.append(Method("lazy", preset, rule, decode))

@@ -1,5 +1,4 @@
-"""How much sooner the first token comes, how near that is to what arithmetic allows, and what it
-costs elsewhere.
+"""Time to the first token, beside the ideal speed-up, and what pruning costs elsewhere.
 
 Every round runs all sides one after the other, so that a machine that slows down slows all of them.
 The first round of each length is not counted. Medians of the rest are reported.
@@ -45,7 +44,7 @@ class Subject:
     """Of a shape; a real model has its own."""
 
     def load(self, prefill: LazyPrefill | None) -> LLM:
-        """The model behind our engine, without drafting."""
+        """The model with our engine, without drafting."""
         given: dict[str, Any] = {"model": self.model, "dtype": self.dtype, "device": self.device}
         if self.shape is None:
             given = {name: value for name, value in given.items() if value is not None}
@@ -134,7 +133,8 @@ def _measure_length(
     llm: LLM, length: int, runs: int, memory: tuple[float | None, float | None], progress: Report
 ) -> PrefillRow:
     keep_all = LLM(llm.model, tokenizer=llm.tokenizer, prefill=None, decode=None)
-    token_ids, rounds = random_prompt(llm, length + NUM_QUESTION), list[_PrefillRound]()
+    token_ids = random_prompt(llm, length + NUM_QUESTION)
+    rounds: list[_PrefillRound] = []
     computed = 1.0
     for run in range(runs + 1):
         progress(f"{length} tokens, round {run} of {runs}" if run else f"{length} tokens, warm-up")
@@ -190,9 +190,8 @@ def _shoot(llm: LLM, token_ids: list[int], session: Session | None = None) -> tu
 
 
 def _reviving_step_ratio(llm: LLM, token_ids: list[int], runs: int) -> float | None:
-    """Steps that bring back in passing as many tokens as the limit allows, over steps that bring
-    back none, in alternation. No pass is repeated: that costs what a pass costs, and happens in
-    doubt only."""
+    """Time of steps that revive as many tokens as the limit allows, over that of steps that revive
+    none, in alternation. No pass is repeated for recall: that costs one more pass."""
     if llm.prefill is None:
         return None
     rules = (

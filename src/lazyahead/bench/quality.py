@@ -1,4 +1,4 @@
-"""How a prefill strategy changes answers, and how much sooner they come: the paper's tables 1 and 2.
+"""How prefill strategies change answers, and how much sooner they come (the paper's tables 1, 2).
 
 Every sample is answered by all methods, one after the other, in an order that rotates, so that a
 machine that slows down slows all of them. Speed-ups are medians over the samples: the time of the

@@ -16,16 +16,16 @@ from lazyahead.sampling import Sampling
 LOOKUP_TOKENS = 10
 """transformers' `prompt_lookup_num_tokens`."""
 Prompts = Sequence[list[int]]
-"""Token ids of what is asked at the same time: one prompt, or several."""
+"""Token ids of prompts that are answered at the same time."""
 _ONCE = Sampling(max_new_tokens=1, ignore_eos=True)
 
 
 class Shot(NamedTuple):
-    """Answers to prompts that were asked at the same time."""
+    """Answers to prompts that were answered at the same time."""
 
     answers: tuple[tuple[int, ...], ...]
     num_timed: int
-    """Tokens written in `decode_s`."""
+    """Tokens generated in `decode_s`."""
     decode_s: float
     """After the first token: of a batch, after the last of the first tokens."""
     num_steps: int = 0
@@ -37,7 +37,7 @@ Side = Callable[[Prompts], Shot]
 
 
 def ours(llm: LLM, sampling: Sampling) -> Side:
-    """Our engine, reading and writing as `llm` is set up."""
+    """Our engine under the settings of `llm`."""
 
     def answer(prompts: Prompts) -> Shot:
         return (
@@ -78,17 +78,20 @@ def _stream(llm: LLM, prompt: list[int], sampling: Sampling) -> Shot:
 
 
 def _together(llm: LLM, prompts: Prompts, sampling: Sampling) -> Shot:
-    requests, engine = [_request(llm, prompt, sampling) for prompt in prompts], llm.engine
+    requests = [_request(llm, prompt, sampling) for prompt in prompts]
+    engine = llm.engine
     with engine:
         try:
             for request in requests:
                 engine.submit(request)
             while any(request.first_token is None for request in requests):
                 engine.step()
-            begin, (tokens_before, steps_before) = time.perf_counter(), _progress(requests)
+            begin = time.perf_counter()
+            tokens_before, steps_before = _tokens_and_steps(requests)
             while any(request.finish_reason is None for request in requests):
                 engine.step()
-            decode_s, (num_tokens, num_steps) = time.perf_counter() - begin, _progress(requests)
+            decode_s = time.perf_counter() - begin
+            num_tokens, num_steps = _tokens_and_steps(requests)
         finally:
             for request in requests:
                 engine.cancel(request)
@@ -96,7 +99,7 @@ def _together(llm: LLM, prompts: Prompts, sampling: Sampling) -> Shot:
     return Shot(answers, num_tokens - tokens_before, decode_s, num_steps - steps_before)
 
 
-def _progress(requests: Sequence[Request]) -> tuple[int, int]:
+def _tokens_and_steps(requests: Sequence[Request]) -> tuple[int, int]:
     """Tokens and steps so far."""
     return sum(len(request.answer) for request in requests), sum(
         request.num_steps for request in requests
@@ -104,8 +107,8 @@ def _progress(requests: Sequence[Request]) -> tuple[int, int]:
 
 
 def _request(llm: LLM, prompt: list[int], sampling: Sampling) -> Request:
-    """A request whose prompt has been read but for its last token, so that all can begin to write
-    together."""
+    """A request whose prompt is computed up to its last token, so that all requests begin to decode
+    at the same time."""
     session = llm.session()
     list(llm.stream(prompt, sampling=_ONCE, session=session))
     session.crop(len(prompt) - 1)

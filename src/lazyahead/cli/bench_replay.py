@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from lazyahead.cli import options
-from lazyahead.cli.input import check_text
+from lazyahead.cli.input import check_text, parse_path
 from lazyahead.cli.output import envelope, print_json, tables
 from lazyahead.cli.progress import progress
 from lazyahead.errors import ConfigError, ModelNotFoundError, RequestError
@@ -26,7 +26,8 @@ def bench_replay(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="Recorded text, or JSON lines with `prompt` and `answer`. Left out: our own."
+            parser=parse_path,
+            help="Recorded text, or JSON lines with `prompt` and `answer`. Left out: our own.",
         ),
     ] = None,
     model: Annotated[
@@ -48,7 +49,8 @@ def bench_replay(
     row_cost: Annotated[
         Path | None,
         typer.Option(
-            help="What rows cost, as measured (JSON). Left out: nothing, up to 64 of them."
+            parser=parse_path,
+            help="What rows cost, as measured (JSON). Left out: nothing, up to 64 of them.",
         ),
     ] = None,
     lengths: Annotated[
@@ -101,7 +103,8 @@ def _texts(
     if path is not None and path.suffix.lower() == ".jsonl":
         texts: list[Text] = []
         for number, values in json_lines(path):
-            prompt, answer = values.get("prompt"), values.get("answer")
+            prompt = values.get("prompt")
+            answer = values.get("answer")
             if not (isinstance(prompt, str) and isinstance(answer, str)):
                 raise RequestError(f"{path}, line {number}: needs `prompt` and `answer`")
             where = f"{path}, line {number}"

@@ -60,15 +60,16 @@ def measure(
     llm: LLM, document: str, question: str | None, sampling: Sampling, runs: int
 ) -> Comparison:
     """An untimed round of both sides, then `runs` timed ones; in each one side after the other."""
-    from lazyahead.bench.baseline import BaselineRun, run_baseline
-    from lazyahead.results import Completion
+    from lazyahead.bench.baseline import run_baseline
 
     token_ids = llm.encode(document, question).token_ids
-    ours, theirs = list[Completion](), list[BaselineRun]()
+    ours: list[Completion] = []
+    theirs: list[BaselineRun] = []
     for _ in range(runs + 1):
         theirs.append(run_baseline(llm.model, token_ids, sampling, llm.tokenizer))
         ours.append(llm.generate(document, question, sampling=sampling))
-    ours, theirs = ours[1:], theirs[1:]
+    ours = ours[1:]
+    theirs = theirs[1:]
     stats = [completion.stats for completion in ours]
     return Comparison(
         ours[-1],
@@ -109,7 +110,8 @@ def _text(llm: LLM, run: BaselineRun, sampling: Sampling) -> str:
     """The baseline's text as ours is printed: without special tokens, up to a stop string."""
     from lazyahead.text import Detokenizer, StopStrings
 
-    detokenizer, watch = Detokenizer(llm.tokenizer), StopStrings(sampling.stop)
+    detokenizer = Detokenizer(llm.tokenizer)
+    watch = StopStrings(sampling.stop)
     shown = [watch.add(detokenizer.add(token)) for token in run.token_ids]
     return "".join([*shown, watch.add(detokenizer.flush()), watch.flush()])
 
@@ -118,7 +120,9 @@ def _show(llm: LLM, result: Comparison, runs: int, *, sampled: bool) -> None:
     from lazyahead.cache.session import shared_prefix
 
     console = tables()
-    ours, baseline, stats = result.ours, result.baseline, result.completion.stats
+    ours = result.ours
+    baseline = result.baseline
+    stats = result.completion.stats
     speedup = {name: f"{value:.2f}x" if value else "–" for name, value in result.speedup().items()}
     table = Table(
         title=f"{llm.name}, {stats.prompt_tokens:,} prompt tokens, median of {runs}",

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 OMP_ADVICE = (
-    "In your own programs on a CPU that others use too, set OMP_WAIT_POLICY=passive before torch is "
-    "imported, as this command does: idle threads then sleep instead of spinning."
+    "In your own programs on a shared CPU, set OMP_WAIT_POLICY=passive before torch is imported, "
+    "as this command does: idle threads then sleep instead of spinning."
 )
 
 
@@ -45,7 +45,8 @@ def doctor(
         except UnsupportedModelError as error:
             support = Support("none", str(error), "unknown", 0)
         else:
-            support, where = probe(loaded), (loaded.device, loaded.dtype)
+            support = probe(loaded)
+            where = (loaded.device, loaded.dtype)
             more = {
                 "num_parameters": sum(parameter.numel() for parameter in loaded.parameters()),
                 "max_context": max_context(loaded),

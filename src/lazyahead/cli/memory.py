@@ -12,7 +12,7 @@ from rich.table import Table
 from lazyahead.cli import options
 from lazyahead.cli.input import parse_path
 from lazyahead.cli.output import envelope, note, print_json, record, tables
-from lazyahead.cli.progress import progress
+from lazyahead.cli.progress import load_torch, progress
 from lazyahead.errors import MemoryFileError, RequestError
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ def import_memory(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            help="Texts, JSON lines (text, prompt and answer, or tokens), or folders of those."
+            parser=parse_path,
+            help="Texts, JSON lines (text, prompt and answer, or tokens), or folders of those.",
         ),
     ],
     file: File,
@@ -78,9 +79,11 @@ def import_memory(
     from lazyahead.config import Lookahead
     from lazyahead.draft.factory import open_log
     from lazyahead.draft.sources import find_sources, read_sequences
-    from lazyahead.hf.fingerprint import owner_of
 
     found = find_sources(sources)
+    load_torch()
+    from lazyahead.hf.fingerprint import owner_of
+
     limits = Lookahead(
         memory=str(file), namespace=namespace, **_given(capacity_bytes=capacity_bytes)
     )
@@ -162,7 +165,8 @@ def _print(log: AnswerLog, config: dict[str, Any], results: dict[str, Any]) -> N
     """The JSON of a command that needs no model: the file names its owner."""
     import torch
 
-    where, owner = (torch.device("cpu"), torch.get_default_dtype()), log.owner
+    where = (torch.device("cpu"), torch.get_default_dtype())
+    owner = log.owner
     values = {**results, "tokenizer": owner.tokenizer}
     print_json(
         envelope(

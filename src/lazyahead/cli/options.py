@@ -72,10 +72,6 @@ Stop = Annotated[
 # --- what is measured -----------------------------------------------------------------------------
 
 Runs = Annotated[int, typer.Option(min=1, help="Timed runs of each side; the median counts.")]
-Prompts = Annotated[
-    Path | None,
-    typer.Option(parser=parse_path, help="JSON lines with `prompt`, or a text, one prompt a line."),
-]
 NumSamples = Annotated[int, typer.Option("--n", min=1, help="Samples of each category.")]
 Length = Annotated[int, typer.Option(min=256, help="Prompt tokens, about.")]
 SampleSeed = Annotated[
@@ -167,7 +163,8 @@ def quiet_transformers() -> Iterator[None]:
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    before = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
     hub_before = hub_logging.get_verbosity()
     logging.set_verbosity_error()
     hub_logging.set_verbosity(ERROR)

@@ -1,5 +1,4 @@
-"""`lazyahead tune`: the strongest pruning that leaves a model's answers to one's own prompts as
-they are."""
+"""`lazyahead tune`: the strongest pruning that keeps the answers to given prompts."""
 
 from __future__ import annotations
 
@@ -31,7 +30,8 @@ if TYPE_CHECKING:
     from lazyahead.tune.answers import AgreementCount, Task
     from lazyahead.tune.tuner import Found, Tuned
 
-SAMPLES, LENGTH = 2, 2048
+SAMPLES = 2
+LENGTH = 2048
 
 
 def tune(
@@ -40,8 +40,8 @@ def tune(
         Path | None,
         typer.Option(
             parser=parse_path,
-            help="JSON lines with `prompt` (and `question`), a folder of text files, each a prompt, "
-            "or a text with one prompt a line. Left out: questions of the reader's world.",
+            help="JSON lines with `prompt` (and `question`), a folder of text files, or a text "
+            "with one prompt a line. Left out: questions of the reader's world.",
         ),
     ] = None,
     out: Annotated[
@@ -167,7 +167,8 @@ def read_tasks(path: Path) -> list[Task]:
 def _json_task(name: str, values: dict[str, Any]) -> Task:
     from lazyahead.tune.answers import Task
 
-    turns, question = values.get("turns"), values.get("question")
+    turns = values.get("turns")
+    question = values.get("question")
     prompt = turns[0] if isinstance(turns, list) and turns else values.get("prompt")
     if not isinstance(prompt, str) or not isinstance(question, str | None):
         raise RequestError(
@@ -231,7 +232,8 @@ def _write(path: Path, model: str, found: Found, tuned: Tuned, agree: float) -> 
 
 def _note_skipped(tuned: Tuned, min_tokens: int) -> None:
     if tuned.skipped:
-        first, more = ", ".join(tuned.skipped[:5]), len(tuned.skipped) - 5
+        first = ", ".join(tuned.skipped[:5])
+        more = len(tuned.skipped) - 5
         others = f" and {more} more" if more > 0 else ""
         note(f"left out, shorter than min_tokens {min_tokens}: {first}{others}")
 
@@ -256,7 +258,8 @@ def _show(tuned: Tuned, out: Path | None, agree: float) -> None:
             "Keep --prefill off for prompts like these, or allow some to differ with --agree 0.9."
         )
         return
-    clock, rule = found.clock, found.prefill
+    clock = found.clock
+    rule = found.prefill
     console.print(
         f"Keep {words(rule.schedule)}, scored by {rule.scorer} ({effort}).",
         style="green",

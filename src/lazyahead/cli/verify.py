@@ -10,12 +10,14 @@ import typer
 from rich.console import Console
 
 from lazyahead.cli import INTERRUPTED, options
+from lazyahead.cli.input import parse_path
 from lazyahead.cli.output import Interrupt, print_json, record
 from lazyahead.cli.progress import progress
 from lazyahead.errors import RequestError
 from lazyahead.text import read_text
 
-NUM_PROMPTS, LENGTH = 6, 512
+NUM_PROMPTS = 6
+LENGTH = 512
 BATCH = 16
 """Prompts that are answered at once; bounds memory."""
 WORDS = {
@@ -30,7 +32,8 @@ def verify(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="File with one prompt a line. Left out: questions of the reader's world."
+            parser=parse_path,
+            help="File with one prompt a line. Left out: questions of the reader's world.",
         ),
     ] = None,
     n: Annotated[
@@ -54,7 +57,8 @@ def verify(
     texts = _lines(prompts, n, length)
     rule = options.parse_prefill(prefill or "balanced")
     llm = options.Loading(model, dtype, device, prefill="off", decode="off").load()
-    count, length = n or NUM_PROMPTS, length or LENGTH
+    count = n or NUM_PROMPTS
+    length = length or LENGTH
     with options.quiet_transformers():
         from lazyahead.bench.agreement import Agreement, own_prompts
 

@@ -73,7 +73,8 @@ def measure(runner: Runner) -> RowCost:
 def _best(runner: Runner, sessions: Sequence[Session]) -> list[RowCost]:
     """Each session's curve, measured in turns."""
     times = [{rows: list[float]() for rows in ROWS} for _ in sessions]
-    begin, rounds = time.perf_counter(), 0
+    begin = time.perf_counter()
+    rounds = 0
     while (
         rounds < 2
         or (taken := time.perf_counter() - begin) < _SECONDS
@@ -99,7 +100,8 @@ def _noisy(times: Sequence[dict[int, list[float]]]) -> bool:
 
 def _stretched(session: Session, length: int) -> Session:
     """A session of `length` tokens that repeats what this one holds: no prompt is read for it."""
-    longer, num = Session(session.num_layers), len(session)
+    longer = Session(session.num_layers)
+    num = len(session)
     for start in range(0, length, num):
         for kv, more in zip(session.kv, longer.kv, strict=True):
             more.append(kv.keys, kv.values, kv.positions + start)

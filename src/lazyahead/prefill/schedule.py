@@ -18,7 +18,7 @@ class Boundary(NamedTuple):
     keep_ratio: float
 
     def keep_count(self, num_tokens: int) -> int:
-        """Tokens of a prompt of `num_tokens` that go on: at least one, never more than there are."""
+        """Tokens of a prompt of `num_tokens` that go on: at least one, at most all."""
         return max(1, min(num_tokens, ceil(self.keep_ratio * num_tokens)))
 
 

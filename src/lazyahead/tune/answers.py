@@ -1,4 +1,4 @@
-"""What a model answers after reading everything, and whether it says the same after reading less."""
+"""Answers after a full prefill, and whether a pruned prefill gives the same ones."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from lazyahead.sampling import Sampling
 
 
 class Task(NamedTuple):
-    """One prompt: a text, maybe a question about it, and what to call it when something is wrong
-    with it."""
+    """One prompt: its name for error messages, a text, and a question if there is one."""
 
     name: str
     text: str
@@ -33,23 +32,22 @@ class AgreementCount:
 
 
 class Answers:
-    """What a model answers after reading everything, and whether it says the same after reading
-    less."""
+    """A model's answers after a full prefill, and whether a pruned one gives the same."""
 
     def __init__(
         self, llm: LLM, tasks: Sequence[Task], max_new_tokens: int, progress: Report
     ) -> None:
-        """`llm` reads everything. Raises RequestError, ContextLengthError naming a task that cannot
+        """`llm` prunes nothing. Raises RequestError, ContextLengthError naming a task that cannot
         be answered."""
-        self._llm, self._lazy, self._tasks = llm, llm, tasks
+        self._llm = llm
+        self._lazy = llm
+        self._tasks = tasks
         self._sampling = Sampling(max_new_tokens=max_new_tokens)
         self._expected: list[tuple[int, ...]] = []
         self._known: dict[tuple[LazyPrefill, int], bool] = {}
         self._hardness: Counter[int] = Counter()
         for number, task in enumerate(tasks):
-            progress(
-                f"reading everything, prompt {number + 1} of {len(tasks)}", number / len(tasks)
-            )
+            progress(f"full prefill, prompt {number + 1} of {len(tasks)}", number / len(tasks))
             try:
                 pieces = llm.stream(task.text, task.question, sampling=self._sampling)
                 self._expected.append(tuple(token for piece in pieces for token in piece.token_ids))
@@ -67,7 +65,7 @@ class Answers:
 
     @property
     def num_tried(self) -> int:
-        """Ways of reading that were tried."""
+        """Strategies that were tried."""
         return len({rule for rule, _ in self._known})
 
     @property
@@ -103,7 +101,9 @@ class Answers:
         return AgreementCount(sum(self.same(rule, index) for index in which), len(which))
 
     def _compare(self, rule: LazyPrefill, index: int) -> bool:
-        task, expected, num_seen = self._tasks[index], self._expected[index], 0
+        task = self._tasks[index]
+        expected = self._expected[index]
+        num_seen = 0
         for piece in self._reader(rule).stream(task.text, task.question, sampling=self._sampling):
             if piece.token_ids != expected[num_seen : num_seen + len(piece.token_ids)]:
                 return False  # leaving the stream cancels the rest
@@ -117,7 +117,7 @@ class Answers:
 
 
 def under(llm: LLM, rule: LazyPrefill | None) -> LLM:
-    """The same weights, read by another rule, without drafts."""
+    """An engine on the same weights under another prefill strategy, without drafts."""
     other = LLM(llm.model, tokenizer=llm.tokenizer, prefill=rule, decode=None)
     other.name = llm.name
     return other

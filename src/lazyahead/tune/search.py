@@ -1,4 +1,4 @@
-"""Which schedule to try next, and when to stop. Pure: knows no model."""
+"""Which schedule to try next, and when to stop: arithmetic, without a model."""
 
 from __future__ import annotations
 
@@ -66,14 +66,17 @@ def _schedules(attends_fully: Sequence[bool]) -> list[Schedule]:
 class Search:
     """The strongest candidate that passes, in few trials.
 
-    Who keeps no more at any layer than one that fails is taken to fail, who keeps no less than one
-    that passes to pass. The next trial is the one whose outcome, whichever it is, settles most of
-    what is open.
+    A candidate that keeps no more tokens at any layer than one that fails is taken to fail; one
+    that keeps no fewer than one that passes is taken to pass. The next trial is the one whose less
+    informative outcome settles most candidates.
     """
 
     def __init__(self, found: Sequence[Candidate], gain: float = GAIN, least: float = 1.0) -> None:
-        """Looks for a speed-up above `least` and stops where no more than `gain` is left to win."""
-        self.found, self.gain, self.least, self.most = found, gain, least, inf
+        """Searches for a speed-up above `least`, until no open candidate is better by `gain`."""
+        self.found = found
+        self.gain = gain
+        self.least = least
+        self.most = inf
         self._speedups = np.array([candidate.speedup for candidate in found])
         kept = np.array([candidate.kept for candidate in found])
         self._stronger = np.ones(
@@ -81,10 +84,8 @@ class Search:
         )  # [a, b]: b keeps no more than a anywhere
         for counts in kept.T:
             self._stronger &= counts[None, :] <= counts[:, None]
-        self._fails, self._passes = (
-            np.zeros(len(found), dtype=bool),
-            np.zeros(len(found), dtype=bool),
-        )
+        self._fails = np.zeros(len(found), dtype=bool)
+        self._passes = np.zeros(len(found), dtype=bool)
 
     @property
     def open(self) -> NDArray[np.bool_]:
@@ -113,7 +114,7 @@ class Search:
         if_passes = (speedups[None, :] <= speedups[:, None] * (1 + self.gain)).sum(1)
         return int(left[np.lexsort((speedups, np.minimum(if_fails, if_passes)))[-1]])
 
-    def tell(self, index: int, passes: bool) -> None:
+    def record(self, index: int, passes: bool) -> None:
         """The outcome of a trial. A failure outweighs what was taken for granted before."""
         if passes:
             self._passes |= self._stronger[:, index] & ~self._fails
@@ -122,11 +123,9 @@ class Search:
             self._passes &= ~self._fails
 
     def retreat(self, index: int) -> None:
-        """This one does not hold: it fails, and what is nearly as fast is not looked at any more.
-
-        What judges at the end is to judge few, or it would be one more guide.
-        """
-        self.tell(index, False)
+        """Marks a candidate that fails on the prompts held out, and leaves out those nearly as
+        fast: prompts that judge many candidates would guide the search as well."""
+        self.record(index, False)
         self.most = float(self._speedups[index]) / (1 + RETREAT)
 
     def _between(self, least: float) -> NDArray[np.bool_]:
@@ -137,12 +136,12 @@ class Search:
 def strongest(
     search: Search, passes: Callable[[Candidate], bool], holds: Callable[[Candidate], bool]
 ) -> Candidate | None:
-    """The fastest that `passes`; with a margin, where it does not also `hold` in the end. None
-    where none does."""
+    """The fastest candidate that `passes` and `holds`, or None. After one that does not hold, the
+    search goes on with those slower by a margin."""
     while True:
         index = search.next()
         if index is not None:
-            search.tell(index, passes(search.found[index]))
+            search.record(index, passes(search.found[index]))
         elif search.best is None or holds(search.found[search.best]):
             return None if search.best is None else search.found[search.best]
         else:

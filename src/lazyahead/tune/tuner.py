@@ -1,8 +1,7 @@
-"""The strongest pruning whose greedy answers are those of the full prefill, on prompts of one's
-own.
+"""The strongest pruning whose greedy answers are those of the full prefill, on given prompts.
 
-Nobody has to know the right answers: what the model says after reading everything is what it has to
-say after reading less. Half of the prompts guide the search, the other half judges what it found.
+No right answers are needed: those of the full prefill are the ones to keep. Half of the prompts
+guide the search, the other half checks what it found.
 """
 
 from __future__ import annotations
@@ -40,8 +39,7 @@ class Clock(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """The strongest way of reading that is safe. Speed-ups are over reading everything with the
-    same engine."""
+    """The strongest strategy that keeps the answers. Speed-ups are over our own full prefill."""
 
     prefill: LazyPrefill
     search: AgreementCount
@@ -49,22 +47,22 @@ class Found:
     held_out: AgreementCount | None
     """Of those that did not; None where there are too few to hold any out."""
     ideal_speedup: float
-    """By FLOPs of the rows that are kept, at the median length."""
+    """By FLOPs, at the median length."""
     clock: Clock
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What came of a search."""
+    """The result of a search."""
 
     found: Found | None
     """None: nothing is safe."""
     num_tried: int
-    """Ways of reading."""
+    """Strategies."""
     num_answered: int
     """Answers that were compared."""
     num_rejected: int
-    """Ways that passed the search and failed on the prompts held out."""
+    """Strategies that passed the search and failed on the prompts held out."""
     num_prompts: int
     """Prompts long enough to be pruned."""
     prompt_tokens: int
@@ -93,7 +91,8 @@ def tune(
     """
     if not 0 < agree <= 1:
         raise ConfigError(
-            f"agree is the least fraction of answers that must stay, above 0 and at most 1, got {agree}"
+            f"agree is the least fraction of answers that must stay, above 0 and at most 1, "
+            f"got {agree}"
         )
     lengths = [len(llm.encode(task.text, task.question).token_ids) for task in tasks]
     fitting = [
@@ -101,8 +100,9 @@ def tune(
     ]
     if not fitting:
         raise RequestError(
-            f"all {len(tasks)} prompts are shorter than min_tokens {base.min_tokens} and would be read whole (the "
-            f"longest has {max(lengths, default=0)}); give longer ones, or a lower min_tokens"
+            f"all {len(tasks)} prompts are shorter than min_tokens {base.min_tokens} and would not "
+            f"be pruned (the longest has {max(lengths, default=0)}); give longer ones, or a lower "
+            "min_tokens"
         )
     length = int(median(length for length in lengths if length >= base.min_tokens))
     answers = Answers(under(llm, None), fitting, max_new_tokens, progress)
@@ -126,8 +126,8 @@ def tune(
 
 
 def scorers(first: Scorer) -> list[Scorer]:
-    """`first`, the same looking far from the first cut on (so that no layer looks only near), the
-    paper's, and the other kinds that look at attention, as they are by default."""
+    """`first`, the same without a local window (`score_from_depth` 0), the paper's, and the default
+    of each other kind that reads attention."""
     far = [replace(first, score_from_depth=0.0)] if isinstance(first, Window) else []
     kinds = [kind() for kind in SCORERS.values()]
     return list(
@@ -136,7 +136,7 @@ def scorers(first: Scorer) -> list[Scorer]:
 
 
 class _Tuning:
-    """The best rule so far, and how it can be bettered."""
+    """The best rule so far, and the search for better ones."""
 
     def __init__(
         self,
@@ -147,11 +147,15 @@ class _Tuning:
         length: int,
         progress: Report,
     ) -> None:
-        self._answers, self._base, self._agree, self._progress = answers, base, agree, progress
+        self._answers = answers
+        self._base = base
+        self._agree = agree
+        self._progress = progress
         support, spec = examine(llm.model)
         if spec is None:
             raise UnsupportedModelError(f"{llm.name} can only decode: {support.reason}")
-        self._model, self._length = ModelCost.of(spec), length
+        self._model = ModelCost.of(spec)
+        self._length = length
         every = range(answers.num_tasks)
         holds_out = len(every) >= ENOUGH_TO_HOLD_OUT
         self._guides: Sequence[int] = every[::2] if holds_out else every
@@ -162,8 +166,8 @@ class _Tuning:
         self.num_rejected = 0
 
     def improve(self, scorer: Scorer) -> None:
-        """Takes this scorer's strongest schedule if it is stronger than those of the scorers like
-        it."""
+        """Keeps this scorer's strongest schedule if it is stronger than those of scorers with the
+        same range of layers."""
         kind = AheadRange.of(scorer)
         least = self._best[kind][1] if kind in self._best else 1.0
 
@@ -190,8 +194,8 @@ class _Tuning:
             self._best[kind] = rule(best), best.speedup
 
     def found(self, timed: Callable[[LazyPrefill], Clock]) -> Found | None:
-        """The best rule, with all that is known of it. Between scorers that are not alike the clock
-        decides."""
+        """The best rule and its measurements. Between scorers with different ranges of layers the
+        measured time decides."""
         all_found = [
             Found(rule, *self._agreement(rule), speedup, timed(rule))
             for rule, speedup in self._best.values()
@@ -206,7 +210,7 @@ class _Tuning:
 
 
 def words(schedule: Schedule) -> str:
-    """A schedule as a person says it."""
+    """A schedule in words."""
     return ", then ".join(
         f"{ratio:.0%} from {depth:.0%} of the layers on" for depth, ratio in schedule
     )
@@ -214,7 +218,8 @@ def words(schedule: Schedule) -> str:
 
 def _time(llm: LLM, rule: LazyPrefill, tasks: Sequence[Task], runs: int, progress: Report) -> Clock:
     """Both sides on each task, one after the other, the order alternating."""
-    sampling, sides = Sampling(max_new_tokens=1), [under(llm, None), under(llm, rule)]
+    sampling = Sampling(max_new_tokens=1)
+    sides = [under(llm, None), under(llm, rule)]
     shots: list[tuple[float, float]] = []
     for run in range(runs):
         for number, task in enumerate(tasks):
