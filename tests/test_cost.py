@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from families_more import MORE_FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -105,6 +106,13 @@ def test_layers_that_differ_are_counted_each_by_itself():
     cost = cost_of(model)
     assert [layer.window for layer in cost.layers] == [None, 100, None, 100, None, 100]
     assert prefill_flops(None, cost, NUM_TOKENS) == counted(model, None)
+
+
+def test_layers_of_different_width_are_counted_each_by_itself():
+    _, spec = examine(MORE_FAMILIES["gemma4"]())
+    widths = [layer.attention_width for layer in ModelCost.of(spec).layers]
+    assert widths == list(spec.widths)
+    assert len(set(widths)) == 2
 
 
 def test_bench_and_tune_name_one_ideal_speedup():

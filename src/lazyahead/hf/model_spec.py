@@ -15,7 +15,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lazyahead.hf.load import max_context
 from lazyahead.hf.rope import Rope, growing_rope
 from lazyahead.hf.trace import Call, Entry, Look, Mask, Unfit, all_configs, look
-from lazyahead.prefill.schedule import LayerShape
 
 ATTENTION_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Layer types whose whole memory is keys and values by position."""
@@ -31,7 +30,6 @@ _HONOURED = {
 }
 """What attention may be called with: heeded, or without effect on which token sees what. Flags
 (bool) aside."""
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _FARTHEST = 1 << 20
 """Windows that are wider than this are none."""
 
@@ -101,25 +99,6 @@ class ModelSpec:
     def device(self) -> torch.device:
         """Where the first layer lives: input goes there."""
         return next(self.layers[0].parameters()).device
-
-    @property
-    def layer_shape(self) -> LayerShape:
-        """Mean cost of a layer, for ideal speed-ups; of a mixture of experts only those that a
-        token visits."""
-        config = self.configs[0].get_text_config()
-        total = sum(parameter.numel() for layer in self.layers for parameter in layer.parameters())
-        experts = next((n for name in _EXPERTS if (n := getattr(config, name, None))), 0)
-        active = getattr(config, "num_experts_per_tok", None) or 0
-        if experts and active:
-            routed = sum(
-                p.numel()
-                for layer in self.layers
-                for name, p in layer.named_parameters()
-                if "experts" in name
-            )
-            total -= round(routed * (1 - active / experts))
-        means = (total, sum(self.widths), sum(self.projected))
-        return LayerShape(*(number // self.num_layers for number in means))
 
 
 def inspect_model(model: PreTrainedModel) -> ModelSpec:

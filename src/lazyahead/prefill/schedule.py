@@ -53,17 +53,6 @@ def kept_by_layer(placed: Sequence[Boundary], num_layers: int, num_tokens: int) 
     return tuple(counts)
 
 
-class LayerShape(NamedTuple):
-    """What one decoder layer costs: weights that each token multiplies with, and width of its
-    attention."""
-
-    num_weights: int
-    attention_width: int
-    """Heads times head dimension of the queries."""
-    num_projected: int = 0
-    """Those of the weights that make queries, keys and values."""
-
-
 def num_local_layers(placed: Sequence[Boundary], num_layers: int, score_from_depth: float) -> int:
     """How many of the first layers attend within the local window: those before the first boundary
     and before `score_from_depth`; none where nothing is pruned."""
