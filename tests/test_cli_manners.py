@@ -190,6 +190,17 @@ def test_a_failed_side_output_names_its_path_once(capsys):
     ]
 
 
+def test_a_full_disk_behind_stdout_gets_one_line(model):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*COMMAND, "generate", TEXT, "-m", model, *QUICK, "--json"],
+            stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE, timeout=120, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert "No space left" in done.stderr.decode().splitlines()[-1]
+    assert b"Traceback" not in done.stderr
+
+
 # --- waiting --------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ Exit codes: 0 success, 2 the user's mistake (one line on stderr), 130 Ctrl-C, 1 
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -36,7 +37,13 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
+        return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _discard_stdout()
+        complain(f"the output cannot be written: {error.strerror}")
         return 1
     except LazyAheadError as error:
         complain(str(error))
@@ -55,6 +62,11 @@ def _use_utf8(stream: TextIO) -> None:
     if isinstance(stream, io.TextIOWrapper):
         encoding = stream.encoding if stream.isatty() else "utf-8"
         stream.reconfigure(encoding=encoding, errors="replace")
+
+
+def _discard_stdout() -> None:
+    """What is still buffered is not written, so that Python's own flush at the end succeeds."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def complain(message: str) -> None:
