@@ -1,4 +1,4 @@
-"""The page: every character of the prompt is on it, escaped, coloured by how deeply it was read."""
+"""The page: every character of the prompt is on it, escaped, coloured by its layers."""
 
 import re
 from html import unescape
