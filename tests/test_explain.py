@@ -1,4 +1,4 @@
-"""The page: every character of the prompt is on it, escaped, coloured by how deeply it was read."""
+"""The page: every character of the prompt is on it, escaped, coloured by its layers."""
 
 import re
 from html import unescape
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import byte_level
 
 from lazyahead.cli import explain
-from lazyahead.cli.explain import AcceptanceBucket, explain_page, runs, token_texts
+from lazyahead.cli.explain import DepthKind, explain_page, runs, token_texts
 from lazyahead.config import LazyPrefill
 from lazyahead.results import Completion, Reach, Stats
 
@@ -69,11 +69,7 @@ def test_nothing_is_fetched():
 
 
 def test_neighbours_of_one_kind_share_an_element():
-    kinds = (
-        [AcceptanceBucket(4, False)] * 500
-        + [AcceptanceBucket(2, False)] * 500
-        + [AcceptanceBucket(2, True)] * 3
-    )
+    kinds = [DepthKind(4, False)] * 500 + [DepthKind(2, False)] * 500 + [DepthKind(2, True)] * 3
     merged = list(runs(kinds, ["a"] * 1003))
     assert [len(run.text) for run in merged] == [500, 500, 3]
 

@@ -76,13 +76,6 @@ def test_tables_that_layers_share_are_kept_once() -> None:
     assert gemma.num_token_args >= gemma.num_layers  # each layer has its own input per token
 
 
-def test_layers_of_different_width_have_a_mean_shape() -> None:
-    _, spec = examine(MORE_FAMILIES["gemma4"]())
-    assert spec is not None
-    assert len(set(spec.widths)) == 2
-    assert spec.layer_shape.attention_width == sum(spec.widths) // spec.num_layers
-
-
 def test_an_argument_that_attention_does_not_know_is_refused() -> None:
     """As sparse attention passes which blocks to read: ignoring it would be silently dense."""
     model = build("llama")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "src" / "lazyahead"
 FLOORS = [
-    ["errors", "checks", "sampling", "text"],
-    ["draft", "results", "prefill.schedule", "prefill.cost", "prefill.score", "prefill.select"],
+    ["errors", "checks", "sampling", "text", "report"],
+    ["draft", "results", "prefill.schedule", "prefill.score", "prefill.select"],
     ["prefill.config", "config", "prefill.progress", "cache.kv", "cache.stash"],
     ["hf"],
     ["cache", "prefill"],

@@ -100,7 +100,7 @@ def test_what_is_imported_is_drafted_from(model, file, tmp_path, capsys):
         )
         == 0
     )
-    assert "remembered" in capsys.readouterr().out
+    assert "1 texts of" in capsys.readouterr().out
     again = LLM(model, prefill=None, decode=config).generate(ANSWER, sampling=sampling)
     assert again.token_ids == first.token_ids
     assert again.stats.num_steps < first.stats.num_steps
@@ -142,7 +142,7 @@ def test_tables_are_for_people(model, file, tmp_path, capsys):
         assert run(["memory", *arguments]) == 0
     assert "default" in capsys.readouterr().out
     assert run(["memory", "clear", "-f", file]) == 0
-    assert "1 answers forgotten" in capsys.readouterr().out
+    assert "1 answers deleted" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_the_engine_tells_the_source_of_every_token(reading):
             engine,
             known,
             30,
-            emit=lambda ids, _, emitted=emitted: emitted.append((len(ids), request.sources)),
+            emit=lambda ids, _, emitted=emitted: emitted.append((len(ids), request.sources)),  # noqa: B023
         )
         finish(engine, [request])
         assert all(len(sources) == num for num, sources in emitted)

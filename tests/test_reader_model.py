@@ -1,10 +1,8 @@
-"""The weights that ship, the tokenizer, the measures, and training that resumes."""
+"""The weights that ship, the tokenizer and the measures."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,16 +14,8 @@ from lazyahead import LLM, LazyPrefill, Lookahead
 from lazyahead.hf.probe import probe
 from lazyahead.reader import Sample, reader_path, samples, score
 from lazyahead.reader import metrics as measure
-from lazyahead.reader.batches import ANSWER_WEIGHT, make_batch
-from lazyahead.reader.circuit import SIZES, Size, build_model
-from lazyahead.reader.plans import Stage
-from lazyahead.reader.train import Run, train
-from lazyahead.reader.vocabulary import study
 from lazyahead.results import Completion
 from lazyahead.sampling import Sampling
-
-TINY = Size(width=192, head_dim=32, mlp=64, num_layers=8)
-STAGES = (Stage(length=128, batch=2, steps=3, lr_start=0.0, lr_end=1e-3, repeats=0.5, dense=1.0),)
 
 
 @cache
@@ -104,48 +94,6 @@ def test_quoting_the_question_scores_nothing() -> None:
     )
     assert score(sample, "The emblem of Velmora Mill is oak.") == 1.0
     assert score(sample, "The emblem of Velmora Mill is lion.") == 0.0
-
-
-def test_the_circuit_copies_before_any_training(tokenizer) -> None:  # type: ignore[no-untyped-def]
-    model = build_model(SIZES["small"], study(tokenizer, num_pages=60)).eval()
-    span = torch.randint(3, 2048, (1, 100), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        found = model(torch.cat([span, span], 1)).logits[0, 110:199].argmax(-1)
-    assert (found == span[0, 11:]).float().mean() > 0.8
-
-
-def test_batches_follow_from_the_step(tokenizer) -> None:  # type: ignore[no-untyped-def]
-    stage = Stage(length=400, batch=3, steps=1, lr_start=0, lr_end=0, repeats=0.3, dense=0.3)
-    first, again, other = (make_batch(stage, step, tokenizer) for step in (5, 5, 6))
-    assert torch.equal(first.token_ids, again.token_ids)
-    assert torch.equal(first.weights, again.weights)
-    assert torch.equal(first.positions, again.positions)
-    assert not torch.equal(first.token_ids, other.token_ids)
-    assert first.token_ids.shape == first.weights.shape == first.positions.shape == (3, 401)
-    assert (first.positions.diff() >= 1).all()
-    assert first.positions.max() < 16384
-    assert (first.weights == ANSWER_WEIGHT).any()
-
-
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
-    for name in ("whole", "broken"):
-        AutoTokenizer.from_pretrained(reader_path()).save_pretrained(tmp_path / name / "weights")
-    train(Run(tmp_path / "whole", TINY, STAGES, log_every=1))
-    for stop in (1, 3):
-        progress = train(Run(tmp_path / "broken", TINY, STAGES, log_every=1), until=stop)
-        assert progress.step == stop
-    whole, broken = (tmp_path / name for name in ("whole", "broken"))
-    assert _weights(whole) == _weights(broken)
-    assert _losses(whole) == _losses(broken)
-    assert not list(tmp_path.rglob("*.pt"))
-
-
-def _weights(folder: Path) -> bytes:
-    return (folder / "checkpoint" / "step-000003" / "model.safetensors").read_bytes()
-
-
-def _losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "curve.jsonl").read_text().splitlines()]
 
 
 def test_the_reader_can_be_read_lazily_and_drafted_for() -> None:

@@ -128,5 +128,6 @@ def test_mistakes_are_named() -> None:
 
 
 def test_generating_needs_no_torch() -> None:
-    code = "import sys, lazyahead.reader as r; r.samples('code', 512); assert 'torch' not in sys.modules"
+    code = "import sys, lazyahead.reader as r; r.samples('code', 512); "
+    code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

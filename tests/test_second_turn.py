@@ -1,4 +1,4 @@
-"""`lazyahead bench second-turn`: its contract, and that the second turn goes on from the first."""
+"""`lazyahead bench quality --turns 2`: its contract, and what the second turn computes."""
 
 import json
 
@@ -34,7 +34,7 @@ def reader() -> LLM:
 
 def test_the_contract_is_fulfilled(capsys):
     options = ("--categories", "few_shot,code", "--prefill", "balanced")
-    assert run(["bench", "second-turn", *SHORT, *options, "--json"]) == 0
+    assert run(["bench", "quality", "--turns", "2", *SHORT, *options, "--json"]) == 0
     values = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = values["rows"]
     assert [(row["category"], row["method"]) for row in rows] == [
@@ -61,7 +61,7 @@ def test_the_contract_is_fulfilled(capsys):
 def test_any_model_is_measured_without_a_chat_template_too(capsys, tmp_path):
     model = str(save_model(tmp_path / "tiny", max_position_embeddings=4096))
     options = ("--model", model, "--categories", "few_shot", "--prefill", "fast")
-    assert run(["bench", "second-turn", *SHORT, *options]) == 0
+    assert run(["bench", "quality", "--turns", "2", *SHORT, *options]) == 0
     shown = capsys.readouterr().out
     assert all(
         name in shown
@@ -89,8 +89,10 @@ def test_the_second_turn_reads_only_what_is_new(reader, first):
         (("--prefill", "off"), "off"),
         (("--first", "nothing"), "nothing"),
         (("--first", "question", "--categories", "summarization"), "summarization"),
+        (("--turns", "3"), "--turns"),
+        (("--turns", "1", "--first", "question"), "--turns 2"),
     ],
 )
 def test_a_mistake_is_named(capsys, options, named):
-    assert run(["bench", "second-turn", *options]) == 2
+    assert run(["bench", "quality", "--turns", "2", *options]) == 2
     assert named in capsys.readouterr().err

@@ -19,7 +19,8 @@ from lazyahead.cli import run
 from lazyahead.cli.tune import own_tasks, read_tasks
 from lazyahead.errors import ConfigError, RequestError
 from lazyahead.hf.probe import examine
-from lazyahead.prefill.schedule import LayerShape, boundaries, kept_by_layer, prefill_flops
+from lazyahead.prefill.cost import LayerCost, ModelCost, ideal_speedup, kept_counts
+from lazyahead.prefill.schedule import boundaries
 from lazyahead.prefill.score import LastToken, Random, Window
 from lazyahead.reader import CATEGORIES
 from lazyahead.tune import tuner
@@ -27,13 +28,14 @@ from lazyahead.tune.answers import Answers, Task
 from lazyahead.tune.search import GAIN, RETREAT, Candidate, Search, candidates, strongest
 from lazyahead.tune.tuner import scorers, tune
 
-SHAPE = LayerShape(num_weights=1000, attention_width=64)
+LAYER = LayerCost(num_weights=1000, attention_width=64)
+PLAIN = LazyPrefill(scorer=LastToken(), local_window=0)
 TEXT = "The code of the red door is 417. The keeper of the tower keeps a lamp. "
 
 
 @cache
 def lattice(num_layers: int = 5, num_tokens: int = 1000) -> list[Candidate]:
-    return candidates([True] * num_layers, num_tokens, 36, SHAPE)
+    return candidates(PLAIN, ModelCost((LAYER,) * num_layers), num_tokens)
 
 
 # --- the search -----------------------------------------------------------------------------------
@@ -41,22 +43,20 @@ def lattice(num_layers: int = 5, num_tokens: int = 1000) -> list[Candidate]:
 
 def test_a_candidate_is_what_its_schedule_does_to_a_model():
     sees = (True, False, False, True, False, True)
-    found = candidates(sees, 1000, 36, SHAPE)
+    model = ModelCost(tuple(LAYER._replace(window=None if full else 100) for full in sees))
+    found = candidates(LazyPrefill(), model, 1000)
     assert len({candidate.kept for candidate in found}) == len(found)
     for candidate in found:
         placed = boundaries(candidate.schedule, sees)
         assert all(sees[boundary.layer - 1] for boundary in placed)
         assert len(placed) == len(candidate.schedule) <= 2
-        LazyPrefill(candidate.schedule)  # is one that a config takes
-        counts = kept_by_layer(placed, 6, 1000)
-        assert candidate.kept == tuple(max(36, count) for count in counts)
-        assert candidate.speedup == prefill_flops([1000] * 6, SHAPE) / prefill_flops(
-            candidate.kept, SHAPE
-        )
+        config = LazyPrefill(candidate.schedule)
+        assert candidate.kept == kept_counts(config, model, 1000)
+        assert candidate.speedup == ideal_speedup(config, model, 1000)
 
 
 def test_deep_models_have_as_many_depths_as_one_can_try():
-    assert len(candidates([True] * 80, 4096, 36, SHAPE)) < 2000
+    assert len(candidates(PLAIN, ModelCost((LAYER,) * 80), 4096)) < 2000
 
 
 def test_with_an_oracle_that_always_agrees_the_strongest_wins_without_much_ado():
@@ -168,8 +168,9 @@ def tasks(count: int, repeat: int = 2) -> list[Task]:
 def forgetful() -> LLM:
     """A model whose attention adds nothing: whatever is deferred, it says the same."""
     config = AutoConfig.for_model(
-        "llama", vocab_size=len(byte_level()), hidden_size=32, intermediate_size=64, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=None, pad_token_id=2,
+        "llama", vocab_size=len(byte_level()), hidden_size=32, intermediate_size=64,
+        num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        bos_token_id=0, eos_token_id=None, pad_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -191,12 +192,13 @@ def test_a_model_that_never_looks_back_is_pruned_as_hard_as_can_be():
     tuned = tune(forgetful(), tasks(8), base=BASE, max_new_tokens=4, runs=1)
     found = tuned.found
     assert found is not None
-    assert found.prefill == replace(BASE, schedule=found.prefill.schedule)
-    shape = examine(forgetful().model)[1].layer_shape
-    every = candidates(
-        [True] * 4, tuned.prompt_tokens, BASE.protect_first + BASE.protect_last, shape
-    )
-    assert found.ideal_speedup * (1 + GAIN) >= max(candidate.speedup for candidate in every)
+    rule = found.prefill
+    assert replace(rule, schedule=BASE.schedule, scorer=BASE.scorer) == BASE
+    cost = ModelCost.of(examine(forgetful().model)[1])
+    bases = [replace(BASE, scorer=scorer) for scorer in scorers(BASE.scorer)]
+    every = [one for base in bases for one in candidates(base, cost, tuned.prompt_tokens)]
+    assert found.ideal_speedup * (1 + GAIN) >= max(one.speedup for one in every)
+    assert found.ideal_speedup == ideal_speedup(rule, cost, tuned.prompt_tokens)
     assert (found.search.agreed, found.search.of) == (4, 4)
     assert found.held_out is not None
     assert (found.held_out.agreed, found.held_out.of) == (4, 4)

@@ -109,7 +109,7 @@ def test_a_parting_of_drafts_is_weighed_by_the_logits_of_lazy_reading(model, mon
 
 
 def test_prompts_that_part_later_are_counted_from_the_first_batch_on():
-    places = agreement.partings("drafting", [(1, 2), (1,)], [(1, 2), (1, 5)], start=16)
+    places = agreement.divergences("drafting", [(1, 2), (1,)], [(1, 2), (1, 5)], start=16)
     assert [(p.prompt, p.token, p.left, p.right) for p in places] == [(17, 1, None, 5)]
 
 

@@ -1,5 +1,5 @@
-"""Whether two ways of answering write the same tokens: nothing deferred and plain transformers,
-drafts and none."""
+"""Whether two configurations generate the same tokens: nothing deferred against plain transformers,
+drafts against none."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Tokens = tuple[int, ...]
 TEMPERATURE = 0.8
 
 
-class Parting(NamedTuple):
-    """Where two ways of answering part."""
+class Divergence(NamedTuple):
+    """The first difference between two answers to one prompt."""
 
     check: str
     prompt: int
@@ -34,39 +34,40 @@ class Parting(NamedTuple):
 
 
 class Agreement:
-    """Answers several ways, a batch of prompts after the other. What is kept is counts and where
-    answers part.
+    """Compares configurations on batches of prompts. It keeps counts and the first differences.
 
     `keep_all`: nothing deferred, all prompts of a batch at once, against transformers' `generate`,
-    one by one. `drafting`: with drafts, at once, against none, both reading by `rule`. `sampled`:
-    the same, drawn with a seed. A model that can only be decoded plainly gets the first check
-    alone.
+    one by one. `drafting`: with drafts against none, both in a batch and under the prefill strategy
+    `rule`. `sampled`: the same, sampled with a seed. A model that can only decode gets the first
+    check alone.
     """
 
     def __init__(self, llm: LLM, rule: LazyPrefill | None, max_new_tokens: int) -> None:
         """`llm` defers nothing and drafts nothing."""
-        self._llm, self._rule = llm, rule
+        self._llm = llm
+        self._rule = rule
         self._greedy = Sampling(max_new_tokens=max_new_tokens)
         self._seeded = Sampling(max_new_tokens=max_new_tokens, temperature=TEMPERATURE, seed=0)
-        self.partings: dict[str, list[Parting]] = {"keep_all": []}
+        self.divergences: dict[str, list[Divergence]] = {"keep_all": []}
         self.num_prompts = self.num_tokens = self._num_drafted = self._num_steps = 0
         self._first: dict[str, Any] | None = None
         if llm.support.level == "full":
-            self.partings |= {"drafting": [], "sampled": []}
+            self.divergences |= {"drafting": [], "sampled": []}
             self._plain, self._drafting = (
                 LLM(llm.model, tokenizer=llm.tokenizer, prefill=rule, decode=decode)
                 for decode in (None, Lookahead())
             )
 
     def add(self, prompts: list[list[int]]) -> None:
-        """Answers these, token ids each, all ways. Raises RequestError, ContextLengthError."""
+        """Compares all configurations on a batch of prompts, token ids each. Raises RequestError,
+        ContextLengthError."""
         kept = _answers(self._llm.generate(prompts, sampling=self._greedy))
         expected = [
             baseline.run_baseline(self._llm.model, token_ids, self._greedy).token_ids
             for token_ids in prompts
         ]
         self._compare("keep_all", prompts, expected, kept)
-        if "drafting" in self.partings:
+        if "drafting" in self.divergences:
             for check, sampling in (("drafting", self._greedy), ("sampled", self._seeded)):
                 drafted = self._drafting.generate(prompts, sampling=sampling)
                 self._num_steps += sum(completion.stats.num_steps for completion in drafted)
@@ -79,15 +80,15 @@ class Agreement:
         self.num_tokens += sum(map(len, expected))
 
     def fields(self) -> dict[str, Any]:
-        """The contract's: how many answers part, over all checks, and where the first does."""
+        """The fields of `verify --json`: how many answers diverge, and where the first one does."""
         return {
             "prompts": self.num_prompts,
             "tokens": self.num_tokens,
-            "diverged": sum(map(len, self.partings.values())),
+            "diverged": sum(map(len, self.divergences.values())),
             "first_divergence": self._first,
             "dtype": str(self._llm.model.dtype).removeprefix("torch."),
-            "checks": {check: len(found) for check, found in self.partings.items()},
-            "not_checked": None if "drafting" in self.partings else self._llm.support.reason,
+            "checks": {check: len(found) for check, found in self.divergences.items()},
+            "not_checked": None if "drafting" in self.divergences else self._llm.support.reason,
             "tokens_per_step": self._num_drafted / self._num_steps if self._num_steps else 1.0,
         }
 
@@ -98,60 +99,62 @@ class Agreement:
         left: Sequence[Tokens],
         right: Sequence[Tokens],
     ) -> None:
-        found = partings(check, left, right, self.num_prompts)
-        self.partings[check] += found
+        found = divergences(check, left, right, self.num_prompts)
+        self.divergences[check] += found
         if found and self._first is None:
             index = found[0].prompt - self.num_prompts
             gap = self._logit_gap(found[0], prompts[index], left[index])
             self._first = {**found[0]._asdict(), "logit_gap": gap}
 
-    def _logit_gap(self, parting: Parting, prompt: Sequence[int], answer: Tokens) -> float | None:
+    def _logit_gap(
+        self, divergence: Divergence, prompt: Sequence[int], answer: Tokens
+    ) -> float | None:
         """How far apart the left side's logits of the two tokens are: small means that rounding
         tipped a near tie.
 
         None where one answer had ended, where the noise of a draw decided, and where the prompt
         alone is answered otherwise than in its batch before that place.
         """
-        if parting.check == "sampled" or parting.left is None or parting.right is None:
+        if divergence.check == "sampled" or divergence.left is None or divergence.right is None:
             return None
-        written = list(answer[: parting.token])
-        logits = (self._logits if parting.check == "keep_all" else self._lazy_logits)(
-            list(prompt), written
+        generated = list(answer[: divergence.token])
+        logits = (self._logits if divergence.check == "keep_all" else self._lazy_logits)(
+            list(prompt), generated
         )
-        return None if logits is None else float(logits[parting.left] - logits[parting.right])
+        return None if logits is None else float(logits[divergence.left] - logits[divergence.right])
 
-    def _logits(self, prompt: list[int], written: list[int]) -> Tensor:
-        """Of the plain model, (V,), after a prompt and what it has written."""
+    def _logits(self, prompt: list[int], generated: list[int]) -> Tensor:
+        """Of the plain model, (V,), after a prompt and the first tokens of its answer."""
         with torch.no_grad():
             logits: Tensor = self._llm.model(
-                torch.tensor([prompt + written], device=self._llm.model.device)
+                torch.tensor([prompt + generated], device=self._llm.model.device)
             ).logits
         return logits[0, -1].float()
 
-    def _lazy_logits(self, prompt: list[int], written: list[int]) -> Tensor | None:
-        """Likewise, read by the rule; None where it writes something else by now."""
+    def _lazy_logits(self, prompt: list[int], generated: list[int]) -> Tensor | None:
+        """The same under the prefill strategy; None where the answer differs before that place."""
         input_ids = torch.tensor([prompt], device=self._llm.model.device)
         with accelerate(self._llm.model, prefill=self._rule):
             output = self._llm.model.generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=len(written) + 1,
+                max_new_tokens=len(generated) + 1,
                 do_sample=False,
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-        again = output.sequences[0, len(prompt) :].tolist()[: len(written)]
-        return output.logits[-1][0].float() if again == written else None
+        again = output.sequences[0, len(prompt) :].tolist()[: len(generated)]
+        return output.logits[-1][0].float() if again == generated else None
 
 
-def partings(
+def divergences(
     check: str, left: Sequence[Tokens], right: Sequence[Tokens], start: int = 0
-) -> list[Parting]:
+) -> list[Divergence]:
     """The first place of each prompt where two answers differ. Prompts count from `start`."""
     places = []
     for index, tokens in enumerate(zip(left, right, strict=True), start):
         pairs = enumerate(zip_longest(*tokens))
-        places += [Parting(check, index, place, a, b) for place, (a, b) in pairs if a != b][:1]
+        places += [Divergence(check, index, place, a, b) for place, (a, b) in pairs if a != b][:1]
     return places
 
 

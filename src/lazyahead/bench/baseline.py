@@ -21,17 +21,22 @@ class BaselineRun(NamedTuple):
     ttft_s: float
     """From the call of `generate` to the first token."""
     decode_s: float
-    """From the first token to the last."""
+    """From the end of the first pass to the end of the last."""
+    num_timed: int = 0
+    """Tokens of `decode_s`: all but those of the first pass."""
+    num_steps: int = 0
+    """Passes in `decode_s`."""
 
 
 class _Clock(BaseStreamer):  # type: ignore[misc]
-    """Notes when tokens come. The first call brings the prompt."""
+    """Notes when tokens come, and how many: prompt lookup brings several at once. The first call
+    passes the prompt."""
 
     def __init__(self) -> None:
-        self.times: list[float] = []
+        self.seen: list[tuple[float, int]] = []
 
     def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
+        self.seen.append((time.perf_counter(), value.numel()))
 
     def end(self) -> None:
         pass
@@ -57,13 +62,18 @@ def run_baseline(
         **_options(model, sampling, tokenizer),
         **options,
     )
-    first, last = clock.times[1], clock.times[-1]
-    return BaselineRun(tuple(output[0, len(token_ids) :].tolist()), first - started, last - first)
+    _, (first, _), *later = clock.seen
+    return BaselineRun(
+        token_ids=tuple(output[0, len(token_ids) :].tolist()),
+        ttft_s=first - started,
+        decode_s=later[-1][0] - first if later else 0.0,
+        num_timed=sum(num for _, num in later),
+        num_steps=len(later),
+    )
 
 
 def _options(model: PreTrainedModel, sampling: Sampling, tokenizer: Any) -> dict[str, Any]:
-    """Our settings in transformers' words; said even where they are defaults, as the model's own
-    may differ."""
+    """Our settings under transformers' names; defaults too, since those of the model may differ."""
     options: dict[str, Any] = {
         "max_new_tokens": sampling.max_new_tokens,
         "min_new_tokens": sampling.max_new_tokens
@@ -89,7 +99,7 @@ def _options(model: PreTrainedModel, sampling: Sampling, tokenizer: Any) -> dict
 
 
 def _first(*token_ids: int | list[int] | None) -> int:
-    """The first that is there."""
+    """The first token id that is not None."""
     for token_id in token_ids:
         if isinstance(token_id, int):
             return token_id

@@ -1,5 +1,4 @@
-"""How fast answers are written: ours with and without drafts, and transformers' own with and
-without prompt lookup.
+"""Decoding speed: our engine with and without drafts, transformers with and without prompt lookup.
 
 Only what comes after the first token is timed. Every round runs all sides on each prompt, in an
 order that rotates; the first round is not counted. Tokens per second are those of all prompts
@@ -8,7 +7,7 @@ together, medians over the rounds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
 
@@ -18,14 +17,13 @@ from lazyahead.bench.workloads import Workload
 from lazyahead.config import Lookahead
 from lazyahead.draft.drafter import Drafter
 from lazyahead.llm import LLM
-
-Progress = Callable[[str], None]
+from lazyahead.report import Report, silent
 
 
 @dataclass(frozen=True)
 class DecodeRow:
     """One workload. Speeds in tokens per second; a speed-up is lookahead over what it is named for;
-    None: not asked."""
+    None: not measured."""
 
     workload: str
     num_prompts: int
@@ -43,7 +41,7 @@ class DecodeRow:
     prompt_lookup_tok_s: float | None
     """transformers `generate` with its own prompt lookup."""
     cold_tok_s: float | None
-    """Lookahead without memory, where the row is about memory."""
+    """Lookahead without memory, where the row measures memory."""
     speedup: float | None
     """Over plain."""
     speedup_vs_baseline: float | None
@@ -60,17 +58,17 @@ class DecodeRow:
     """The speed-up were drafting free, and each pass as long as the best of those with as many rows
     or more."""
     draft_us_per_token: float
-    """Microseconds of proposing, learning and indexing for each token written."""
+    """Microseconds of proposing, learning and indexing for each token generated."""
     index_share: float | None
     """Time to index the prompt, over the time to the first token."""
     identical: bool
-    """Whether plain and lookahead wrote the same tokens."""
+    """Whether plain and lookahead generated the same tokens."""
     identical_to_baseline: bool | None
-    """The same of transformers' tokens; None where they are drawn with other noise."""
+    """The same for transformers; None where tokens are sampled, with other noise."""
 
 
 @dataclass(frozen=True)
-class _Round:
+class _DecodeRound:
     """All prompts once: the shots of each side, prompt by prompt."""
 
     shots: dict[str, list[Shot]]
@@ -82,11 +80,12 @@ class _Round:
 
 
 def measure_decode(
-    llm: LLM, work: Workload, runs: int, *, batch: int = 1, progress: Progress = lambda _: None
+    llm: LLM, work: Workload, runs: int, *, batch: int = 1, progress: Report = silent
 ) -> DecodeRow:
-    """`llm` brings the model, how it reads, and how it looks ahead. With a `batch`, our two sides
-    only."""
-    ahead, plain = _with(llm, llm.decode or Lookahead()), _with(llm, None)
+    """Measures on the model of `llm`, under its prefill and decode settings. With a `batch` of more
+    than one, only our two sides."""
+    ahead = _with(llm, llm.decode or Lookahead())
+    plain = _with(llm, None)
     sides = {"plain": ours(plain, work.sampling), "lookahead": ours(ahead, work.sampling)}
     if batch == 1:
         sides["baseline"] = plain_transformers(llm, work.sampling)
@@ -97,7 +96,7 @@ def measure_decode(
 
 
 def measure_memory(
-    llm: LLM, work: Workload, runs: int, path: str, *, progress: Progress = lambda _: None
+    llm: LLM, work: Workload, runs: int, path: str, *, progress: Report = silent
 ) -> DecodeRow:
     """The second half of a stream of questions, after the first half was answered and remembered in
     a new `path`.
@@ -106,11 +105,9 @@ def measure_memory(
     """
     decode = llm.decode if isinstance(llm.decode, Lookahead) else Lookahead()
     half = len(work.prompts) // 2
-    plain, cold, warm = (
-        _with(llm, None),
-        _with(llm, decode),
-        _with(llm, replace(decode, memory=path)),
-    )
+    plain = _with(llm, None)
+    cold = _with(llm, decode)
+    warm = _with(llm, replace(decode, memory=path))
     sides = {
         "plain": ours(plain, work.sampling),
         "cold": ours(cold, work.sampling),
@@ -135,8 +132,8 @@ def _rounds(
     batch: int,
     runs: int,
     meters: Sequence[Meter],
-    progress: Progress,
-) -> list[_Round]:
+    progress: Report,
+) -> list[_DecodeRound]:
     groups = [work.prompts[start : start + batch] for start in range(0, len(work.prompts), batch)]
     rounds = []
     for run in range(runs + 1):
@@ -153,25 +150,24 @@ def _rounds(
             turn = (run + number) % len(sides)
             for name in [*sides, *sides][turn : turn + len(sides)]:
                 shots[name].append(sides[name](prompts))
-        rounds.append(_Round(shots))
+        rounds.append(_DecodeRound(shots))
     return rounds[1:]
 
 
 def _row(
-    work: Workload, batch: int, rounds: Sequence[_Round], drafted: Meter, undrafted: Meter
+    work: Workload, batch: int, rounds: Sequence[_DecodeRound], drafted: Meter, undrafted: Meter
 ) -> DecodeRow:
     speeds = {side: median(r.speed(side) for r in rounds) for side in rounds[0].shots}
     shots = {side: [shot for r in rounds for shot in r.shots[side]] for side in speeds}
     answers = {side: [shot.answers for shot in taken] for side, taken in shots.items()}
     ahead = shots["lookahead"]
-    num_timed, ttft_s = sum(shot.num_timed for shot in ahead), sum(shot.ttft_s for shot in ahead)
+    num_timed = sum(shot.num_timed for shot in ahead)
+    ttft_s = sum(shot.ttft_s for shot in ahead)
     per_token = num_timed / max(
         1, sum(shot.num_timed for shot in shots["plain"])
     )  # texts may differ in length
-    cost, is_comparable = (
-        row_cost(drafted, undrafted),
-        "baseline" in answers and work.sampling.temperature == 0,
-    )
+    cost = row_cost(drafted, undrafted)
+    is_comparable = "baseline" in answers and work.sampling.temperature == 0
 
     def over(side: str) -> float | None:
         return speeds["lookahead"] / speeds[side] if speeds.get(side) else None

@@ -16,6 +16,7 @@ from lazyahead.bench.meter import Meter, metered
 from lazyahead.bench.real_text import ALL
 from lazyahead.bench.sides import Shot, Side, ours, plain_transformers, prompt_lookup
 from lazyahead.config import Lookahead
+from lazyahead.draft.drafter import Drafter
 from lazyahead.llm import LLM
 from lazyahead.sampling import Sampling
 
@@ -79,7 +80,8 @@ def measure_decode_data(
     `llm` brings the model, how it reads, and how it looks ahead. Prompts lose their middle beyond
     `length` tokens; answers end at the task's length or at `max_new_tokens`.
     """
-    ahead, plain = _with(llm, llm.decode or Lookahead()), _with(llm, None)
+    ahead = _with(llm, llm.decode or Lookahead())
+    plain = _with(llm, None)
     total, done = runs * sum(map(len, work.values())), 0
     turns: dict[str, list[_Turn]] = {name: [] for name in work}
     with metered(ahead) as meter:
@@ -97,7 +99,7 @@ def measure_decode_data(
     return [_row(name, group, runs) for name, group in groups.items()]
 
 
-def _with(llm: LLM, decode: Lookahead | None) -> LLM:
+def _with(llm: LLM, decode: Lookahead | Drafter | None) -> LLM:
     return LLM(llm.model, tokenizer=llm.tokenizer, prefill=llm.prefill, decode=decode)
 
 

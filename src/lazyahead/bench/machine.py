@@ -41,7 +41,7 @@ def machine(device: torch.device, dtype: torch.dtype) -> Machine:
 
 
 def cpu_name() -> str:
-    """The processor's model name, where the system tells."""
+    """The processor's model name, where the system names it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

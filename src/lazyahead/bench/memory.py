@@ -1,5 +1,4 @@
-"""Peak memory of one prefill. On a GPU the allocator knows; on a CPU a fresh process is watched
-from inside."""
+"""Peak memory of one prefill: from a GPU's allocator, or sampled in a fresh process on a CPU."""
 
 from __future__ import annotations
 
@@ -41,7 +40,9 @@ def watched(device: torch.device) -> Iterator[list[Peak]]:
         yield peaks
         peaks.append(Peak(torch.cuda.max_memory_allocated(device), before))
         return
-    process, seen, done = psutil.Process(os.getpid()), list[int](), threading.Event()
+    process = psutil.Process(os.getpid())
+    seen: list[int] = []
+    done = threading.Event()
 
     def sample() -> None:
         while not done.wait(SAMPLE_EVERY_S):
@@ -59,8 +60,7 @@ def watched(device: torch.device) -> Iterator[list[Peak]]:
 
 
 def give_back() -> None:
-    """Returns freed memory to the system, so that one measurement does not stand on the leavings of
-    another."""
+    """Returns freed memory to the system, so that one measurement does not depend on another."""
     gc.collect()
     with suppress(OSError, AttributeError):  # another C library keeps its own house
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -57,7 +57,8 @@ def row_cost(*meters: Meter) -> RowCost | None:
     for meter in meters:
         for rows, seconds in meter.passes.items():
             best[rows] = min(seconds) if rows not in best else min(best[rows], *seconds)
-    points, lowest = list[tuple[int, float]](), float("inf")
+    points: list[tuple[int, float]] = []
+    lowest = float("inf")
     for rows in sorted(best, reverse=True):
         lowest = min(lowest, best[rows])
         points.append((rows, lowest))
@@ -68,21 +69,25 @@ def row_cost(*meters: Meter) -> RowCost | None:
 def metered(llm: LLM, remember: bool = True) -> Iterator[Meter]:
     """Inside, the engine's passes and drafting are counted. Without `remember` no answer is
     remembered."""
-    meter, engine = Meter(), llm.engine
-    runner, drafter = engine.runner, engine.drafter
-    engine.runner = _Runner(runner, meter)  # type: ignore[assignment]
-    engine.drafter = _Drafter(drafter, meter, remember)
+    meter = Meter()
+    engine = llm.engine
+    runner = engine.runner
+    drafter = engine.drafter
+    engine.runner = _TimedRunner(runner, meter)  # type: ignore[assignment]
+    engine.drafter = _TimedDrafter(drafter, meter, remember)
     try:
         yield meter
     finally:
-        engine.runner, engine.drafter = runner, drafter
+        engine.runner = runner
+        engine.drafter = drafter
 
 
-class _Runner:
+class _TimedRunner:
     """A runner, timed."""
 
     def __init__(self, inner: Any, meter: Meter) -> None:
-        self._inner, self._meter = inner, meter
+        self._inner = inner
+        self._meter = meter
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -98,11 +103,13 @@ class _Runner:
         return logits
 
 
-class _Drafter:
+class _TimedDrafter:
     """A drafter, timed."""
 
     def __init__(self, inner: Any, meter: Meter, remember: bool) -> None:
-        self._inner, self._meter, self._remember = inner, meter, remember
+        self._inner = inner
+        self._meter = meter
+        self._remember = remember
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -111,12 +118,14 @@ class _Drafter:
         begin = time.thread_time()
         request = self._inner.start(prompt, namespace)
         self._meter.index_s += time.thread_time() - begin
-        return _Request(request, self._meter, self._remember)
+        return _TimedRequest(request, self._meter, self._remember)
 
 
-class _Request:
+class _TimedRequest:
     def __init__(self, inner: DraftRequest, meter: Meter, remember: bool) -> None:
-        self._inner, self._meter, self._remember = inner, meter, remember
+        self._inner = inner
+        self._meter = meter
+        self._remember = remember
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)

@@ -1,5 +1,5 @@
-"""Ways of reading that the quality benchmark compares: lazily, and the paper's two baselines at the
-same cost."""
+"""Prefill strategies that the quality benchmark compares: lazy ones, and the paper's two baselines
+at the same cost."""
 
 from __future__ import annotations
 
@@ -11,16 +11,7 @@ from lazyahead.config import LazyPrefill, Lookahead
 from lazyahead.errors import UnsupportedModelError
 from lazyahead.hf.probe import examine
 from lazyahead.llm import LLM
-from lazyahead.prefill.schedule import (
-    Boundary,
-    LayerShape,
-    ahead_flops,
-    boundaries,
-    kept_by_layer,
-    num_local_layers,
-    prefill_flops,
-)
-from lazyahead.prefill.score import AheadRange
+from lazyahead.prefill.cost import ModelCost, ideal_speedup, kept_counts, prefill_flops
 
 REFERENCE = "balanced"
 """The preset whose cost the baselines share, where it is measured."""
@@ -28,7 +19,7 @@ REFERENCE = "balanced"
 
 @dataclass(frozen=True)
 class Method:
-    """One way of reading, under the name of its kind and of the preset it comes from."""
+    """A prefill strategy, with the name of its kind and of the preset it comes from."""
 
     name: str
     """`full`, `lazy`, `lazy_no_revival`, `random_drop`, `static_prune`."""
@@ -47,98 +38,74 @@ FULL = Method("full", "off", None)
 
 @dataclass(frozen=True)
 class Cost:
-    """What reading a prompt of `num_tokens` costs one model, by arithmetic, and what else costs as
+    """FLOPs of a prefill of `num_tokens` tokens on one model, and other strategies that cost as
     much."""
 
-    attends_fully: tuple[bool, ...]
-    """Of each layer, whether it sees every earlier token."""
-    shape: LayerShape
+    model: ModelCost
     num_tokens: int
 
     @classmethod
     def of(cls, llm: LLM, num_tokens: int) -> Cost:
-        """Raises UnsupportedModelError for a model that cannot defer."""
+        """Raises UnsupportedModelError for a model whose tokens cannot be deferred."""
         support, spec = examine(llm.model)
         if spec is None:
-            reason = f"can only decode: {support.reason}; there is no way of reading to compare"
+            reason = f"can only decode: {support.reason}; there is no prefill to compare"
             raise UnsupportedModelError(f"{llm.name} ({support.model_type}) {reason}")
-        return cls(spec.attends_fully, spec.layer_shape, num_tokens)
+        return cls(ModelCost.of(spec), num_tokens)
 
     @property
     def num_layers(self) -> int:
-        return len(self.attends_fully)
-
-    def placed(self, rule: LazyPrefill | None) -> tuple[Boundary, ...]:
-        """Where a rule cuts."""
-        if rule is None:
-            return ()
-        return boundaries(rule.schedule, self.attends_fully, rule.scorer.window_size > 0)
+        return len(self.model.layers)
 
     def kept(self, rule: LazyPrefill | None) -> tuple[int, ...]:
         """Prompt tokens computed at each layer."""
-        return kept_by_layer(self.placed(rule), self.num_layers, self.num_tokens)
+        return kept_counts(rule, self.model, self.num_tokens)
 
     def flops(self, rule: LazyPrefill | None) -> float:
-        """Of a prefill, attention and running ahead included."""
-        kept, placed = self.kept(rule), self.placed(rule)
-        if rule is None:
-            return prefill_flops(kept, self.shape)
-        num_near = num_local_layers(placed, self.num_layers, AheadRange.of(rule.scorer).start)
-        reading = prefill_flops(kept, self.shape, rule.local_window, num_near)
-        return reading + ahead_flops(
-            placed,
-            kept,
-            self.shape,
-            AheadRange.of(rule.scorer).stop,
-            AheadRange.of(rule.scorer).start,
-        )
+        """Of the prefill under `rule`."""
+        return prefill_flops(rule, self.model, self.num_tokens)
 
-    def ideal_speedup(self, rule: LazyPrefill | None) -> float:
-        """FLOPs of reading everything over those of `rule`."""
-        return self.flops(None) / self.flops(rule)
+    def ideal_speedup(self, rule: LazyPrefill | None, counts: Sequence[int] | None = None) -> float:
+        """FLOPs of the full prefill over those under `rule`."""
+        return ideal_speedup(rule, self.model, self.num_tokens, counts)
 
     def first_layer(self, rule: LazyPrefill) -> int:
-        """Where `rule` lets fewer tokens go on for the first time; at least 1, where attention has
-        been seen."""
-        return max(
-            1, next((i for i, kept in enumerate(self.kept(rule)) if kept < self.num_tokens), 1)
-        )
+        """The first layer that computes fewer tokens under `rule`; at least 1, since scores need
+        the attention of a layer below."""
+        pruned = (index for index, kept in enumerate(self.kept(rule)) if kept < self.num_tokens)
+        return max(1, next(pruned, 1))
 
     def random_drop(self, rule: LazyPrefill, seed: int = 0) -> LazyPrefill:
         """Tokens dropped at random before the first layer, for good; as many FLOPs as `rule`."""
-        twin = LazyPrefill.random_drop(self.keep_ratio(self.flops(rule), 0), seed)
-        return replace(twin, min_tokens=rule.min_tokens)
+        same = LazyPrefill.random_drop(1.0, seed)
+        return self._at_equal_cost(replace(same, min_tokens=rule.min_tokens), 0, self.flops(rule))
 
     def static_prune(self, rule: LazyPrefill) -> LazyPrefill:
-        """Pruned once, for good, where `rule` first defers, or sooner where that alone costs more;
-        as many FLOPs as `rule`."""
+        """Pruned once, for good, at the layer where `rule` first prunes, or at an earlier one where
+        that layer alone costs more; as many FLOPs as `rule`."""
         flops = self.flops(rule)
+        same = replace(LazyPrefill.static_prune(1.0), min_tokens=rule.min_tokens)
         layers = range(self.first_layer(rule), 0, -1)
-        layer = next((layer for layer in layers if self._pruned_once(1, layer) <= flops), 1)
-        ratio = self.keep_ratio(flops, layer)
-        return replace(
-            LazyPrefill.static_prune(ratio, layer / self.num_layers), min_tokens=rule.min_tokens
+        cheap = (
+            layer for layer in layers if self.flops(self._pruned_once(same, layer, 1)) <= flops
         )
+        return self._at_equal_cost(same, next(cheap, 1), flops)
 
-    def _pruned_once(self, count: int, layer: int) -> float:
-        """FLOPs where `count` tokens enter `layer`."""
-        return prefill_flops(
-            [self.num_tokens] * layer + [count] * (self.num_layers - layer), self.shape
-        )
+    def _pruned_once(self, rule: LazyPrefill, layer: int, count: int) -> LazyPrefill:
+        """`rule` with one boundary, at the entry to `layer`, that keeps `count` tokens."""
+        return replace(rule, schedule=((layer / self.num_layers, count / self.num_tokens),))
 
-    def keep_ratio(self, flops: float, layer: int) -> float:
-        """The ratio at which pruning once, at the entry to `layer`, costs `flops`; the nearest
-        there is."""
+    def _at_equal_cost(self, rule: LazyPrefill, layer: int, flops: float) -> LazyPrefill:
+        """`rule` with one boundary, at the entry to `layer`, whose keep ratio costs `flops`, or the
+        nearest there is."""
 
         def at(count: int) -> float:
-            return self._pruned_once(count, layer)
+            return self.flops(self._pruned_once(rule, layer, count))
 
         counts = range(1, self.num_tokens + 1)
         above = min(bisect_left(counts, flops, key=at), self.num_tokens - 1)
-        nearest = min(
-            counts[max(0, above - 1) : above + 1], key=lambda count: abs(at(count) - flops)
-        )
-        return nearest / self.num_tokens
+        near = counts[max(0, above - 1) : above + 1]
+        return self._pruned_once(rule, layer, min(near, key=lambda count: abs(at(count) - flops)))
 
 
 def reference(names: Sequence[str]) -> str:
@@ -149,7 +116,7 @@ def reference(names: Sequence[str]) -> str:
 def quality_methods(
     rules: dict[str, LazyPrefill], cost: Cost, seed: int = 0, decode: Lookahead | None = None
 ) -> list[Method]:
-    """The lazy ways by the names of their presets, and the baselines at equal cost."""
+    """The lazy strategies by the names of their presets, and the baselines at equal cost."""
     name = reference(list(rules))
     lazy = [Method("lazy", preset, rule, decode) for preset, rule in rules.items()]
     return [
@@ -162,7 +129,7 @@ def quality_methods(
 def second_turn_methods(
     rules: dict[str, LazyPrefill], cost: Cost, decode: Lookahead | None = None
 ) -> list[Method]:
-    """The lazy ways with revival and without, and pruning for good at equal cost."""
+    """The lazy strategies with and without revival, and static pruning at equal cost."""
     methods = []
     for preset, rule in rules.items():
         methods.append(Method("lazy", preset, rule, decode))

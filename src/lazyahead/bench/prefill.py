@@ -1,5 +1,4 @@
-"""How much sooner the first token comes, how near that is to what arithmetic allows, and what it
-costs elsewhere.
+"""Time to the first token, beside the ideal speed-up, and what pruning costs elsewhere.
 
 Every round runs all sides one after the other, so that a machine that slows down slows all of them.
 The first round of each length is not counted. Medians of the rest are reported.
@@ -7,7 +6,7 @@ The first round of each length is not counted. Medians of the rest are reported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, NamedTuple
@@ -21,7 +20,8 @@ from lazyahead.bench.shapes import build_shape
 from lazyahead.cache.session import Session
 from lazyahead.config import LazyPrefill
 from lazyahead.llm import LLM
-from lazyahead.results import Piece
+from lazyahead.report import Report, silent
+from lazyahead.results import Piece, Stats
 from lazyahead.sampling import Sampling
 
 NUM_STEPS = 8
@@ -29,7 +29,6 @@ NUM_STEPS = 8
 NUM_QUESTION = 16
 """Tokens of the second question."""
 SAMPLING = Sampling(max_new_tokens=1 + NUM_STEPS, ignore_eos=True)
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,11 @@ class Subject:
     """Of a shape; a real model has its own."""
 
     def load(self, prefill: LazyPrefill | None) -> LLM:
-        """The model behind our engine, without drafting."""
-        given = {"model": self.model, "dtype": self.dtype, "device": self.device}
+        """The model with our engine, without drafting."""
+        given: dict[str, Any] = {"model": self.model, "dtype": self.dtype, "device": self.device}
         if self.shape is None:
-            named: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-            return LLM(**named, prefill=prefill, decode=None)
+            given = {name: value for name, value in given.items() if value is not None}
+            return LLM(**given, prefill=prefill, decode=None)
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = getattr(torch, self.dtype or "bfloat16")
         return LLM(
@@ -87,7 +86,7 @@ class PrefillRow:
     prompt_tokens_computed: float
 
 
-class _Shot(NamedTuple):
+class _Timing(NamedTuple):
     """One prefill and a few steps."""
 
     ttft_s: float
@@ -95,10 +94,10 @@ class _Shot(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Round:
-    baseline: _Shot
-    ours: _Shot
-    keep_all: _Shot
+class _PrefillRound:
+    baseline: _Timing
+    ours: _Timing
+    keep_all: _Timing
     second_s: float
 
 
@@ -109,7 +108,7 @@ def measure_prefill(
     runs: int = 3,
     *,
     memory: bool = True,
-    progress: Progress = lambda _: None,
+    progress: Report = silent,
 ) -> tuple[LLM, list[PrefillRow]]:
     """Measures each length, shortest first."""
     lengths = sorted(lengths)
@@ -131,22 +130,23 @@ def measure_prefill(
 
 
 def _measure_length(
-    llm: LLM, length: int, runs: int, memory: tuple[float | None, float | None], progress: Progress
+    llm: LLM, length: int, runs: int, memory: tuple[float | None, float | None], progress: Report
 ) -> PrefillRow:
     keep_all = LLM(llm.model, tokenizer=llm.tokenizer, prefill=None, decode=None)
-    token_ids, rounds = random_prompt(llm, length + NUM_QUESTION), list[_Round]()
-    computed = 1.0
+    token_ids = random_prompt(llm, length + NUM_QUESTION)
+    rounds: list[_PrefillRound] = []
+    stats: Stats | None = None
     for run in range(runs + 1):
         progress(f"{length} tokens, round {run} of {runs}" if run else f"{length} tokens, warm-up")
         baseline = run_baseline(llm.model, token_ids[:length], SAMPLING)
         session = llm.session()
         ours, piece = _shoot(llm, token_ids[:length], session)
-        computed = piece.stats.prompt_tokens_computed
+        stats = piece.stats
         second, _ = _shoot(llm, [*session.history, *token_ids[length:]], session)
         whole, _ = _shoot(keep_all, token_ids[:length])
         rounds.append(
-            _Round(
-                _Shot(baseline.ttft_s, baseline.decode_s / NUM_STEPS), ours, whole, second.ttft_s
+            _PrefillRound(
+                _Timing(baseline.ttft_s, baseline.decode_s / NUM_STEPS), ours, whole, second.ttft_s
             )
         )
     rounds = rounds[1:]
@@ -156,7 +156,9 @@ def _measure_length(
     baseline_step, step = (
         median(getattr(r, side).step_s for r in rounds) for side in ("baseline", "ours")
     )
-    ideal = 1.0 if llm.prefill is None else Cost.of(llm, length).ideal_speedup(llm.prefill)
+    assert stats is not None  # there is one warm-up round at least
+    cost = Cost.of(llm, length)
+    ideal = cost.ideal_speedup(llm.prefill, stats.kept_by_layer)
     return PrefillRow(
         length=length,
         baseline_ttft_s=baseline_ttft,
@@ -170,7 +172,7 @@ def _measure_length(
         decode_step_ratio=step / baseline_step,
         second_question_ratio=median(r.second_s for r in rounds) / baseline_ttft,
         reviving_step_ratio=_reviving_step_ratio(llm, token_ids[:length], runs),
-        prompt_tokens_computed=computed,
+        prompt_tokens_computed=stats.prompt_tokens_computed,
     )
 
 
@@ -183,20 +185,19 @@ def random_prompt(llm: LLM, length: int, seed: int = 0) -> list[int]:
     return ids
 
 
-def _shoot(llm: LLM, token_ids: list[int], session: Session | None = None) -> tuple[_Shot, Piece]:
+def _shoot(llm: LLM, token_ids: list[int], session: Session | None = None) -> tuple[_Timing, Piece]:
     """One prompt through our engine."""
     *_, last = llm.stream(token_ids, sampling=SAMPLING, session=session)
-    return _Shot(last.stats.ttft_s, last.stats.decode_s / NUM_STEPS), last
+    return _Timing(last.stats.ttft_s, last.stats.decode_s / NUM_STEPS), last
 
 
 def _reviving_step_ratio(llm: LLM, token_ids: list[int], runs: int) -> float | None:
-    """Steps that bring back in passing as many tokens as the limit allows, over steps that bring
-    back none, in alternation. No pass is repeated: that costs what a pass costs, and happens in
-    doubt only."""
+    """Time of steps that revive as many tokens as the limit allows, over that of steps that revive
+    none, in alternation."""
     if llm.prefill is None:
         return None
     rules = (
-        replace(llm.prefill, revive="demand", revive_threshold=0.0, recall_below_prob=0.0),
+        replace(llm.prefill, revive="demand", revive_threshold=0.0),
         replace(llm.prefill, revive="never"),
     )
     sides = [LLM(llm.model, tokenizer=llm.tokenizer, prefill=rule, decode=None) for rule in rules]

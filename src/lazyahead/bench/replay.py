@@ -21,7 +21,7 @@ DRAFTERS: dict[str, type[TrieDrafter] | type[PromptLookupDrafter] | type[NoDraft
 }
 MEMORY_TOKENS = 1 << 20
 NUM_ANSWER = 1024
-"""Tokens of the answer behind each context."""
+"""Tokens of the answer after each context."""
 Text = tuple[Sequence[int], Sequence[int]]
 """Prompt and answer."""
 
@@ -40,17 +40,17 @@ class ReplayRow:
     index_us_per_token: float
     """Microseconds of indexing for each token of the prompts."""
     ideal_speedup: float
-    """Over writing token by token, with steps as long as their row cost says and drafting as long
-    as it took."""
+    """Over decoding token by token, with the modelled cost of each step and the measured time of
+    drafting."""
 
 
 @dataclass(frozen=True)
 class ContextRow:
-    """What drafting costs behind a context of this length, in microseconds."""
+    """What drafting costs after a context of this length, in microseconds."""
 
     length: int
     memory_tokens: int
-    """Tokens of earlier answers that are looked through as well."""
+    """Tokens of earlier answers that are searched as well."""
     draft_us_per_token: float
     """Of the answer: proposing, choosing, verifying, learning and indexing, drafts of up to 64
     tokens."""
@@ -111,7 +111,7 @@ def measure_drafters(
 
 
 def measure_contexts(token_ids: Sequence[int], lengths: Sequence[int]) -> Iterator[ContextRow]:
-    """The cost of drafting behind prompts of these lengths, without and with a memory of a million
+    """The cost of drafting after prompts of these lengths, without and with a memory of a million
     tokens.
 
     The text is repeated with changes where it is shorter, so that there is always something to
@@ -131,7 +131,8 @@ def measure_contexts(token_ids: Sequence[int], lengths: Sequence[int]) -> Iterat
 def _measure_context(
     drafter: TrieDrafter, text: Sequence[int], length: int, memory_tokens: int
 ) -> ContextRow:
-    prompt, answer = text[:length], text[length:]
+    prompt = text[:length]
+    answer = text[length:]
     result = replay(drafter, [(prompt, answer)] * 3)
     request = drafter.start(prompt)
     begin = time.thread_time()
@@ -152,7 +153,8 @@ def _measure_context(
 
 def _stretched(token_ids: Sequence[int], length: int, seed: int = 0) -> list[int]:
     """`length` tokens: stretches of the text in random order, some 16 to 64 tokens each."""
-    rng, found = random.Random(seed), list[int]()
+    rng = random.Random(seed)
+    found: list[int] = []
     while len(found) < length:
         start = rng.randrange(len(token_ids))
         found += token_ids[start : start + rng.randrange(16, 65)]

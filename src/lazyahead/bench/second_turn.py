@@ -1,9 +1,8 @@
-"""The question that comes later: what deferring costs when the first turn did not say what would
-matter.
+"""Questions of the second turn: what pruning costs when the first turn did not say what matters.
 
-The first turn brings a document and asks for nothing in it, or for something else. The question
-comes in the second turn, on the same session: whoever dropped tokens for good has dropped them
-without knowing it.
+The first turn brings a document and asks for nothing in it, or for another fact. The question
+comes in the second turn, on the same session. A method that drops tokens for good has then dropped
+them without knowing the question.
 """
 
 from __future__ import annotations
@@ -13,26 +12,27 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import NamedTuple
 
-from lazyahead.bench.methods import FULL, Method
-from lazyahead.bench.quality import AVERAGE, Progress, Work, greedy
+from lazyahead.bench.methods import Method
+from lazyahead.bench.quality import AVERAGE, Work, greedy, measure_rounds, rotated, with_full
 from lazyahead.cache.session import Session
 from lazyahead.errors import ConfigError
 from lazyahead.llm import LLM
 from lazyahead.reader import Sample, score
 from lazyahead.reader.prompt import READ_FIRST
+from lazyahead.report import Report, silent
 from lazyahead.results import Completion
 from lazyahead.sampling import Sampling
 from lazyahead.text import Message, encode_turn
 
 CATEGORIES = ("single_doc_qa", "multi_doc_qa", "synthetic")
-"""Measured unless others are asked for: those whose answers stand in one place of the document."""
+"""Measured unless others are named: those whose answers stand in one place of the document."""
 FIRST_TURNS = ("neutral", "question")
-"""What the first turn may ask: to read, or for another fact of the document."""
+"""What the first turn asks: to read the document, or for another fact of it."""
 
 
 @dataclass(frozen=True)
 class SecondTurnRow:
-    """One category, read one way. Times are medians in seconds; ratios are of the same sample in
+    """One category under one method. Times are medians in seconds; ratios are of the same sample in
     the same round."""
 
     category: str
@@ -44,15 +44,15 @@ class SecondTurnRow:
     relative: float | None
     """Score over that of the full prefill on the same samples; None where that is 0."""
     agree: float
-    """Fraction of answers that are those of the full prefill, to the letter."""
+    """Fraction of answers that equal those of the full prefill, character by character."""
     revived: float
-    """Tokens the second turn brought back, counted once per boundary; mean of the samples."""
+    """Tokens revived in the second turn, counted once per boundary; mean of the samples."""
     first_ttft_speedup: float
     """First turn: time of the full prefill over this one's."""
     ttft_s: float
-    """Second turn: to its first token."""
+    """Second turn: time to its first token."""
     reread_ttft_s: float
-    """The same prompt, read from its start with nothing deferred."""
+    """The same prompt, computed from its start with nothing pruned."""
     ttft_ratio: float
     """`ttft_s` over `reread_ttft_s`, paired."""
     prompt_tokens_computed: float
@@ -69,8 +69,8 @@ class Turns(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Round:
-    """One sample, read all ways; the first is the full prefill."""
+class _TurnsRound:
+    """One sample under all methods; the first is the full prefill."""
 
     sample: Sample
     turns: list[Turns]
@@ -83,7 +83,7 @@ def measure_second_turn(
     work: Work,
     first: str = "neutral",
     *,
-    progress: Progress = lambda what, done: None,
+    progress: Report = silent,
 ) -> tuple[list[SecondTurnRow], list[SecondTurnRow]]:
     """Rows by category, the full prefill first in each, and one row of each method over all
     samples.
@@ -91,32 +91,31 @@ def measure_second_turn(
     `first` is one of `FIRST_TURNS`. Raises ConfigError where a category has no other question.
     """
     for drawn in work.values():
-        opening(drawn[0], first)  # refuses before any work
-    methods = [FULL, *(method for method in methods if method.name != FULL.name)]
+        opening(drawn[0], first)  # refused before any work
+    methods = with_full(methods)
     engines = [method.on(llm) for method in methods]
-    progress("warm-up", 0.0)
-    _round(engines, next(iter(work.values()))[0], first, 0)
-    total, done = sum(map(len, work.values())), 0
-    rounds: dict[str, list[_Round]] = {category: [] for category in work}
-    for category, drawn in work.items():
-        for number, sample in enumerate(drawn):
-            progress(f"{category} {number + 1}/{len(drawn)}", done / total)
-            rounds[category].append(_round(engines, sample, first, number))
-            done += 1
+    progress("warm-up")
+    _measure_round(engines, next(iter(work.values()))[0], first, 0)
+
+    def measure(sample: Sample, number: int) -> _TurnsRound:
+        return _measure_round(engines, sample, first, number)
+
+    rounds = measure_rounds(work, measure, progress)
     rows = [row for name, category in rounds.items() for row in _rows(name, methods, category)]
     return rows, _rows(AVERAGE, methods, [one for category in rounds.values() for one in category])
 
 
 def opening(sample: Sample, first: str) -> tuple[str, str]:
-    """What the first turn asks, and about what it should hear. Raises ConfigError where there is no
-    such thing."""
+    """The first turn's question and the answer that is expected. Raises ConfigError where there is
+    none."""
     if first not in FIRST_TURNS:
         raise ConfigError(f"--first is one of {', '.join(FIRST_TURNS)}, got {first!r}")
     if first == "neutral":
         return READ_FIRST
     if not sample.others:
         raise ConfigError(
-            f"{sample.category} documents have one question only; leave it out, or use --first neutral"
+            f"{sample.category} documents have one question only; leave it out, or use "
+            "--first neutral"
         )
     return sample.others[0]
 
@@ -139,25 +138,24 @@ def _chat(llm: LLM, messages: list[Message], sampling: Sampling, session: Sessio
     return Completion.fold(list(llm.chat(messages, sampling=sampling, session=session)))
 
 
-def _round(engines: Sequence[LLM], sample: Sample, first: str, turn: int) -> _Round:
-    """All ways, beginning with another one each time; then the full prefill reads the second turn
-    from its start."""
+def _measure_round(engines: Sequence[LLM], sample: Sample, first: str, number: int) -> _TurnsRound:
+    """Both turns on each engine, in an order that depends on the sample's number; then the full
+    prefill of the second turn's prompt from its start."""
     turns: dict[int, Turns] = {}
-    prompt: list[int] = []
-    for index in ((turn + step) % len(engines) for step in range(len(engines))):
-        turns[index], its_prompt = converse(engines[index], sample, first)
-        prompt = its_prompt if index == 0 else prompt
-    *_, last = engines[0].stream(prompt, sampling=Sampling(max_new_tokens=1))
-    return _Round(sample, [turns[index] for index in range(len(engines))], last.stats.ttft_s)
+    prompts: dict[int, list[int]] = {}
+    for index in rotated(len(engines), number):
+        turns[index], prompts[index] = converse(engines[index], sample, first)
+    *_, last = engines[0].stream(prompts[0], sampling=Sampling(max_new_tokens=1))
+    return _TurnsRound(sample, [turns[index] for index in range(len(engines))], last.stats.ttft_s)
 
 
 def _rows(
-    category: str, methods: Sequence[Method], rounds: Sequence[_Round]
+    category: str, methods: Sequence[Method], rounds: Sequence[_TurnsRound]
 ) -> list[SecondTurnRow]:
     return [_row(category, method, index, rounds) for index, method in enumerate(methods)]
 
 
-def _row(category: str, method: Method, index: int, rounds: Sequence[_Round]) -> SecondTurnRow:
+def _row(category: str, method: Method, index: int, rounds: Sequence[_TurnsRound]) -> SecondTurnRow:
     turns = [one.turns[index] for one in rounds]
     stats = [pair.second.stats for pair in turns]
     full_score, own_score = (

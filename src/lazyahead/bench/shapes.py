@@ -1,4 +1,4 @@
-"""Models of known sizes with random weights: as fast and as large as the real ones, and nothing to
+"""Models of known sizes with random weights: as fast and as large as the real ones, without a
 download."""
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ SHAPES = tuple(_SHAPES)
 def build_shape(
     name: str, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", max_context: int = 32_768
 ) -> PreTrainedModel:
-    """A random model of this shape. It can read `max_context` tokens, whatever the original's
-    limit.
+    """A random model of this shape with a context of `max_context` tokens, whatever the original
+    has.
 
     Raises ConfigError for a name that is not in `SHAPES`.
     """
@@ -84,7 +84,8 @@ def fill(model: nn.Module, std: float = 0.02, seed: int = 0) -> None:
         if weight.ndim < 2:
             weight.fill_(float(name.endswith("weight")))
             continue
-        block, flat = noise.to(weight), weight.view(-1)
+        block = noise.to(weight)
+        flat = weight.view(-1)
         num_whole = flat.numel() // block.numel() * block.numel()
         flat[:num_whole].view(-1, block.numel()).copy_(block)
         flat[num_whole:].copy_(block[: flat.numel() - num_whole])

@@ -17,7 +17,7 @@ from lazyahead.sampling import Sampling
 from lazyahead.text import encode_turn, read_text
 
 RANDOM_TEMPERATURE = 50.0
-"""So hot that any model writes nearly random tokens: there is nothing to find, even in a loop."""
+"""So high that any model samples nearly random tokens, which no drafter can predict."""
 
 
 class Workload(NamedTuple):

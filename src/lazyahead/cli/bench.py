@@ -7,15 +7,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from lazyahead.cli import options
 from lazyahead.cli.bench_decode import bench_decode
 from lazyahead.cli.bench_quality import bench_quality
 from lazyahead.cli.bench_replay import bench_replay
-from lazyahead.cli.bench_second_turn import bench_second_turn
 from lazyahead.cli.output import print_json, record, seconds, tables
+from lazyahead.cli.progress import load_torch, progress
 from lazyahead.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ app = typer.Typer(no_args_is_help=True)
 app.command("decode")(bench_decode)
 app.command("replay")(bench_replay)
 app.command("quality")(bench_quality)
-app.command("second-turn")(bench_second_turn)
 
 
 @app.callback()
@@ -70,25 +68,20 @@ def bench_prefill(
     wanted = parse_lengths(lengths)
     if model and shape:
         raise ConfigError("give --model or --shape, not both")
+    load_torch()
     from lazyahead.bench.prefill import Subject, measure_prefill
     from lazyahead.config import LazyPrefill
 
     rule = LazyPrefill() if prefill is None else options.parse_prefill(prefill)
     subject = Subject(model, shape, dtype, device, max_context=max(wanted) + 64)
-    with options.quiet_transformers(), Console(stderr=True).status("starting") as status:
-        llm, rows = measure_prefill(
-            subject, rule, wanted, runs, memory=memory, progress=status.update
-        )
+    with options.quiet_transformers(), progress("loading the model") as report:
+        llm, rows = measure_prefill(subject, rule, wanted, runs, memory=memory, progress=report)
+    name = shape or llm.name
     if json:
-        name = shape or llm.name
-        print_json(
-            {
-                **record(llm, seed=0, runs=runs, results={"rows": [asdict(row) for row in rows]}),
-                "model": name,
-            }
-        )
+        results = {"rows": [asdict(row) for row in rows]}
+        print_json({**record(llm, seed=0, runs=runs, results=results), "model": name})
     else:
-        show_prefill(shape or llm.name, rows, runs)
+        show_prefill(name, rows, runs)
 
 
 def show_prefill(name: str, rows: Sequence[PrefillRow], runs: int) -> None:
@@ -97,12 +90,17 @@ def show_prefill(name: str, rows: Sequence[PrefillRow], runs: int) -> None:
     for header in COLUMNS:
         table.add_column(header, justify="right")
     for row in rows:
-        table.add_row(
-            f"{row.length:,}", seconds(row.baseline_ttft_s), seconds(row.ttft_s), *map(_times, (
-                row.speedup, row.ideal_speedup, row.keep_all_ratio, row.peak_memory_ratio, row.decode_step_ratio,
-                row.second_question_ratio, row.reviving_step_ratio,
-            )),
-        )  # fmt: skip
+        ratios = (
+            row.speedup,
+            row.ideal_speedup,
+            row.keep_all_ratio,
+            row.peak_memory_ratio,
+            row.decode_step_ratio,
+            row.second_question_ratio,
+            row.reviving_step_ratio,
+        )
+        times = (seconds(row.baseline_ttft_s), seconds(row.ttft_s))
+        table.add_row(f"{row.length:,}", *times, *map(_times, ratios))
     tables().print(table)
 
 

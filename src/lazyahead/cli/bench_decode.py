@@ -1,4 +1,4 @@
-"""`lazyahead bench decode`: how fast answers are written, with drafts and without."""
+"""`lazyahead bench decode`: tokens per second with drafts and without."""
 
 from __future__ import annotations
 
@@ -10,18 +10,33 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from lazyahead.cli import options
 from lazyahead.cli.bench_decode_data import bench_decode_data
 from lazyahead.cli.output import print_json, record, tables
+from lazyahead.cli.progress import progress
 from lazyahead.errors import ConfigError
 
 if TYPE_CHECKING:
     from lazyahead.bench.decode import DecodeRow
     from lazyahead.bench.workloads import Workload
     from lazyahead.llm import LLM
+
+
+HEADERS = (
+    "workload",
+    "transformers",
+    "prompt lookup",
+    "plain",
+    "cold",
+    "lookahead",
+    "speed-up",
+    "ideal",
+    "tokens per step",
+    "drafting per token",
+    "same text",
+)
 
 
 def bench_decode(
@@ -55,7 +70,7 @@ def bench_decode(
         ),
     ] = False,
     prefill: Annotated[
-        str, typer.Option(help="How our sides read: off, a preset, or a profile (.toml).")
+        str, typer.Option(help="Of our sides: off, a preset, or a profile (.toml).")
     ] = "off",
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -91,17 +106,14 @@ def bench_decode(
     count = max(answers, batch)
     with ExitStack() as stack:
         stack.enter_context(options.quiet_transformers())
-        status = stack.enter_context(Console(stderr=True).status("starting"))
+        report = stack.enter_context(progress("decode"))
         if memory:
             path = Path(stack.enter_context(TemporaryDirectory())) / "answers.db"
             stream = stream_of_questions(llm, length, max(2, answers), max_new_tokens, seed)
-            rows = [measure_memory(llm, stream, runs, str(path), progress=status.update)]
+            rows = [measure_memory(llm, stream, runs, str(path), progress=report)]
         else:
             works = _workloads(llm, workload, text, (length, count, max_new_tokens, seed))
-            rows = [
-                measure_decode(llm, work, runs, batch=batch, progress=status.update)
-                for work in works
-            ]
+            rows = [measure_decode(llm, work, runs, batch=batch, progress=report) for work in works]
     if json:
         asked = {"length": length, "answers": answers, "max_new_tokens": max_new_tokens}
         results = {"rows": [asdict(row) for row in rows]}
@@ -128,8 +140,7 @@ def _show(name: str, rows: Sequence[DecodeRow], runs: int) -> None:
     table = Table(
         title=f"{name}: tokens per second after the first, median of {runs}", title_justify="left"
     )
-    for header in ("workload", "transformers", "prompt lookup", "plain", "cold", "lookahead", "speed-up", "ideal",
-                   "tokens per step", "drafting per token", "same text"):  # fmt: skip
+    for header in HEADERS:
         table.add_column(header, justify="left" if header == "workload" else "right")
     for row in rows:
         speeds = (
@@ -141,8 +152,12 @@ def _show(name: str, rows: Sequence[DecodeRow], runs: int) -> None:
         )
         what = row.workload if row.batch == 1 else f"{row.workload}, {row.batch} at once"
         table.add_row(
-            what, *("–" if speed is None else f"{speed:,.0f}" for speed in speeds),
-            f"{row.speedup:.2f}x" if row.speedup else "–", f"{row.ideal_speedup:.2f}x", f"{row.tokens_per_step:.2f}",
-            f"{row.draft_us_per_token:.0f} µs", "yes" if row.identical else "no",
-        )  # fmt: skip
+            what,
+            *("–" if speed is None else f"{speed:,.0f}" for speed in speeds),
+            f"{row.speedup:.2f}x" if row.speedup else "–",
+            f"{row.ideal_speedup:.2f}x",
+            f"{row.tokens_per_step:.2f}",
+            f"{row.draft_us_per_token:.0f} µs",
+            "yes" if row.identical else "no",
+        )
     tables().print(table)

@@ -36,7 +36,7 @@ def bench_decode_data(
     from lazyahead.bench.data.sample import Sample
     from lazyahead.bench.decode_data import measure_decode_data
     from lazyahead.bench.real_text import fitting_length
-    from lazyahead.cli.bench_quality import bar
+    from lazyahead.cli.progress import progress
 
     found = read_samples(path)
     for line in found.left_out:
@@ -46,14 +46,14 @@ def bench_decode_data(
         work.setdefault(sample.category, []).append(sample)
     llm = loading.load()
     length = fitting_length(llm, length, max_new_tokens)
-    with options.quiet_transformers(), bar("decode") as progress:
+    with options.quiet_transformers(), progress("decode") as report:
         rows = measure_decode_data(
             llm,
             work,
             length=length,
             max_new_tokens=max_new_tokens,
             runs=runs,
-            progress=progress,
+            progress=report,
         )
     if not json:
         _show(llm.name, rows, runs)

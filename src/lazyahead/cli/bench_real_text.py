@@ -64,7 +64,7 @@ def bench_real_text(
     from lazyahead.bench.data.read import read_samples, take
     from lazyahead.bench.methods import Method
     from lazyahead.bench.real_text import by_category, fitting_length, measure_real_text
-    from lazyahead.cli.bench_quality import bar
+    from lazyahead.cli.progress import progress
 
     found = read_samples(path, lines)
     for line in found.left_out:
@@ -74,7 +74,7 @@ def bench_real_text(
     longest = min(max_new_tokens or LONGEST_ANSWER, max(map(_tokens, work.values())))
     length = fitting_length(llm, length, longest)
     methods = [Method("lazy", name, rule) for name, rule in rules.items()]
-    with options.quiet_transformers(), bar("quality") as progress:
+    with options.quiet_transformers(), progress("quality") as report:
         rows = measure_real_text(
             llm,
             methods,
@@ -83,7 +83,7 @@ def bench_real_text(
             max_new_tokens=longest,
             num_timed=runs,
             seed=seed,
-            progress=progress,
+            progress=report,
         )
     if not json:
         _show(f"{llm.name}, {path.name}, {length:,} tokens at most", rows)

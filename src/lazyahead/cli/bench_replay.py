@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from lazyahead.cli import options
+from lazyahead.cli.input import check_text, parse_path
 from lazyahead.cli.output import envelope, print_json, tables
+from lazyahead.cli.progress import progress
 from lazyahead.errors import ConfigError, ModelNotFoundError, RequestError
 from lazyahead.text import read_text
 
@@ -25,7 +26,8 @@ def bench_replay(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="Recorded text, or JSON lines with `prompt` and `answer`. Left out: our own."
+            parser=parse_path,
+            help="Recorded text, or JSON lines with `prompt` and `answer`. Left out: our own.",
         ),
     ] = None,
     model: Annotated[
@@ -47,7 +49,8 @@ def bench_replay(
     row_cost: Annotated[
         Path | None,
         typer.Option(
-            help="What rows cost, as measured (JSON). Left out: nothing, up to 64 of them."
+            parser=parse_path,
+            help="What rows cost, as measured (JSON). Left out: nothing, up to 64 of them.",
         ),
     ] = None,
     lengths: Annotated[
@@ -64,14 +67,20 @@ def bench_replay(
 
     wanted = parse_lengths(lengths) if lengths else ()
     cost = _row_cost(row_cost)
-    with options.quiet_transformers(), Console(stderr=True).status("replaying"):
+    with options.quiet_transformers(), progress("replay"):
         tokenizer = _tokenizer(model)
         texts = _texts(text, tokenizer, length, answer_length, answers)
         rows = measure_drafters(texts, cost, remember=remember)
         contexts = list(measure_contexts([*texts[0][0], *texts[0][1]], wanted)) if wanted else []
     if json:
-        config = {"text": str(text) if text else None, "length": length, "answer_length": answer_length,
-                  "answers": len(texts), "remember": remember, "row_cost": cost.points}  # fmt: skip
+        config = {
+            "text": str(text) if text else None,
+            "length": length,
+            "answer_length": answer_length,
+            "answers": len(texts),
+            "remember": remember,
+            "row_cost": cost.points,
+        }
         results = {
             "rows": [asdict(row) for row in rows],
             "contexts": [asdict(row) for row in contexts],
@@ -94,17 +103,20 @@ def _texts(
     if path is not None and path.suffix.lower() == ".jsonl":
         texts: list[Text] = []
         for number, values in json_lines(path):
-            prompt, answer = values.get("prompt"), values.get("answer")
+            prompt = values.get("prompt")
+            answer = values.get("answer")
             if not (isinstance(prompt, str) and isinstance(answer, str)):
                 raise RequestError(f"{path}, line {number}: needs `prompt` and `answer`")
-            texts.append((encode(prompt), encode(answer)))
+            where = f"{path}, line {number}"
+            texts.append((encode(check_text(where, prompt)), encode(check_text(where, answer))))
         return texts[:count]
     if path is None:
         return own_texts(encode, length, count)
     token_ids = encode(read_text(path))
     if len(token_ids) < 2 * answer_length:
         raise RequestError(
-            f"{path} has {len(token_ids)} tokens; give at least twice --answer-length ({answer_length})"
+            f"{path} has {len(token_ids)} tokens; give at least twice --answer-length "
+            f"({answer_length})"
         )
     return windows(token_ids, length, answer_length, count)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.table import Table
 
 from lazyahead.cli.output import seconds, tables
+from lazyahead.cli.progress import progress
 
 if TYPE_CHECKING:
     from lazyahead.bench.baseline import BaselineRun
@@ -58,16 +59,17 @@ class Comparison(NamedTuple):
 def measure(
     llm: LLM, document: str, question: str | None, sampling: Sampling, runs: int
 ) -> Comparison:
-    """An untimed round of both first, then `runs` timed rounds, one side after the other in each."""
-    from lazyahead.bench.baseline import BaselineRun, run_baseline
-    from lazyahead.results import Completion
+    """An untimed round of both sides, then `runs` timed ones; in each one side after the other."""
+    from lazyahead.bench.baseline import run_baseline
 
     token_ids = llm.encode(document, question).token_ids
-    ours, theirs = list[Completion](), list[BaselineRun]()
+    ours: list[Completion] = []
+    theirs: list[BaselineRun] = []
     for _ in range(runs + 1):
         theirs.append(run_baseline(llm.model, token_ids, sampling, llm.tokenizer))
         ours.append(llm.generate(document, question, sampling=sampling))
-    ours, theirs = ours[1:], theirs[1:]
+    ours = ours[1:]
+    theirs = theirs[1:]
     stats = [completion.stats for completion in ours]
     return Comparison(
         ours[-1],
@@ -88,10 +90,10 @@ def measure(
 def compare_and_show(
     llm: LLM, document: str, question: str | None, sampling: Sampling, runs: int, *, quiet: bool
 ) -> tuple[Completion, dict[str, Any]]:
-    """Measures, prints the table unless `quiet`, and gives the fields that `--json` adds."""
-    from lazyahead.cli.options import quiet_transformers, waiting
+    """Measures, prints the table unless `quiet`, and returns the fields that `--json` adds."""
+    from lazyahead.cli.options import quiet_transformers
 
-    with quiet_transformers(), waiting(f"running both sides {runs} + 1 times"):
+    with quiet_transformers(), progress(f"running both sides {runs} + 1 times"):
         result = measure(llm, document, question, sampling, runs)
     if not quiet:
         _show(llm, result, runs, sampled=sampling.temperature > 0)
@@ -105,10 +107,11 @@ def compare_and_show(
 
 
 def _text(llm: LLM, run: BaselineRun, sampling: Sampling) -> str:
-    """The baseline's text as ours is written: without special tokens, ended before a stop string."""
+    """The baseline's text as ours is printed: without special tokens, up to a stop string."""
     from lazyahead.text import Detokenizer, StopStrings
 
-    detokenizer, watch = Detokenizer(llm.tokenizer), StopStrings(sampling.stop)
+    detokenizer = Detokenizer(llm.tokenizer)
+    watch = StopStrings(sampling.stop)
     shown = [watch.add(detokenizer.add(token)) for token in run.token_ids]
     return "".join([*shown, watch.add(detokenizer.flush()), watch.flush()])
 
@@ -117,7 +120,9 @@ def _show(llm: LLM, result: Comparison, runs: int, *, sampled: bool) -> None:
     from lazyahead.cache.session import shared_prefix
 
     console = tables()
-    ours, baseline, stats = result.ours, result.baseline, result.completion.stats
+    ours = result.ours
+    baseline = result.baseline
+    stats = result.completion.stats
     speedup = {name: f"{value:.2f}x" if value else "–" for name, value in result.speedup().items()}
     table = Table(
         title=f"{llm.name}, {stats.prompt_tokens:,} prompt tokens, median of {runs}",
@@ -142,8 +147,8 @@ def _show(llm: LLM, result: Comparison, runs: int, *, sampled: bool) -> None:
     part = shared_prefix(
         *(list(map(ord, text)) for text in (result.completion.text, result.baseline_text))
     )
-    why = "drawn with different noise" if sampled else "what was deferred can change an answer"
-    console.print(f"The texts part at character {part} ({why}).", style="yellow")
+    why = "sampled with other noise" if sampled else "deferred tokens can change an answer"
+    console.print(f"The texts differ from character {part} on ({why}).", style="yellow")
     for name, text in (
         ("lazyahead", result.completion.text),
         ("transformers", result.baseline_text),

@@ -1,18 +1,26 @@
-"""`lazyahead doctor`: what works here, for this model, and why not more."""
+"""`lazyahead doctor`: what is supported for a model on this machine, and the reason if not all."""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import psutil
 from rich.table import Table
 
 from lazyahead.cli import options
-from lazyahead.cli.output import envelope, print_json, tables
+from lazyahead.cli.output import envelope, note, print_json, tables
+from lazyahead.cli.progress import load_torch, progress
 from lazyahead.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from lazyahead.hf.probe import Support
+
+
+OMP_ADVICE = (
+    "In your own programs on a shared CPU, set OMP_WAIT_POLICY=passive before torch is imported, "
+    "as this command does: idle threads then sleep instead of spinning."
+)
 
 
 def doctor(
@@ -22,20 +30,23 @@ def doctor(
     json: options.Json = False,
 ) -> None:
     """Says what is supported for a model: full, decode-only or none, and why."""
+    load_torch()
     import torch
 
     from lazyahead.hf.load import load, max_context
     from lazyahead.hf.probe import Support, probe
     from lazyahead.reader import reader_path
 
-    where, more = (torch.device("cpu"), torch.get_default_dtype()), dict[str, Any]()
-    with options.waiting("loading"), options.quiet_transformers():
+    where = (torch.device("cpu"), torch.get_default_dtype())
+    more: dict[str, Any] = {}
+    with progress("loading and probing the model"), options.quiet_transformers():
         try:
             loaded, tokenizer = load(model or str(reader_path()), dtype or "auto", device or "auto")
         except UnsupportedModelError as error:
             support = Support("none", str(error), "unknown", 0)
         else:
-            support, where = probe(loaded), (loaded.device, loaded.dtype)
+            support = probe(loaded)
+            where = (loaded.device, loaded.dtype)
             more = {
                 "num_parameters": sum(parameter.numel() for parameter in loaded.parameters()),
                 "max_context": max_context(loaded),
@@ -43,11 +54,13 @@ def doctor(
             }
     fields = {**_support_fields(support), **more}
     fields["free_memory_gb"] = round(psutil.virtual_memory().available / 2**30, 1)
+    fields["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "")
     values = envelope(model or options.BUILT_IN, where, {}, None, 0, fields)
     if json:
         print_json(values)
     else:
         _show(values["model"], {**fields, **values["machine"]})
+        note(OMP_ADVICE)
 
 
 def _support_fields(support: Support) -> dict[str, Any]:

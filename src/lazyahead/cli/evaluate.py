@@ -1,4 +1,4 @@
-"""`lazyahead eval`: lm-eval's own command with `--model lazyahead` known to it."""
+"""`lazyahead eval`: the command of lm-eval with this engine as `--model lazyahead`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 
 from lazyahead.cli import options
 from lazyahead.cli.output import envelope, print_json
+from lazyahead.cli.progress import progress
 from lazyahead.errors import RequestError
 
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -29,7 +30,8 @@ def evaluate(context: typer.Context, json: options.Json = False) -> None:
     from lazyahead.integrations import register
 
     arguments = with_model(context.args)
-    register()
+    with progress("loading lm-eval"):
+        register()
     with TemporaryDirectory() as folder:
         out = value_of(arguments, "--output_path", "-o")
         if json and out is None:
@@ -40,7 +42,8 @@ def evaluate(context: typer.Context, json: options.Json = False) -> None:
             found = sorted(set(_results(out or folder)) - before)
             if not found:
                 raise RequestError(
-                    f"lm-eval wrote no results for {' '.join(arguments)}; --json needs a run with tasks"
+                    f"lm-eval wrote no results for {' '.join(arguments)}; "
+                    "--json needs a run with tasks"
                 )
             print_json(summary(json_.loads(found[-1].read_text(encoding="utf-8"))))
 
@@ -62,7 +65,7 @@ def with_model(arguments: Sequence[str]) -> list[str]:
 
 
 def value_of(arguments: Sequence[str], *names: str) -> str | None:
-    """What an option is set to, as `--name value` or `--name=value`; None where it is not."""
+    """The value of an option given as `--name value` or `--name=value`; None where it is not."""
     for place, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
         if name in names:
@@ -99,7 +102,8 @@ def _run(arguments: Sequence[str]) -> None:
 
 @contextmanager
 def _argv(arguments: list[str]) -> Iterator[None]:
-    before, sys.argv = sys.argv, arguments
+    before = sys.argv
+    sys.argv = arguments
     try:
         yield
     finally:

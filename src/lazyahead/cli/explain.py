@@ -1,5 +1,7 @@
-"""A page that shows how deeply each prompt token was read and how the answer came. No scripts,
-nothing fetched."""
+"""A page that shows at how many layers each prompt token was computed, and what was drafted.
+
+It has no scripts and loads nothing.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ BLOCK_CHARACTERS = 4000
 in view."""
 
 
-class AcceptanceBucket(NamedTuple):
-    """What tokens that look alike on the page have in common."""
+class DepthKind(NamedTuple):
+    """What tokens of one colour on the page have in common."""
 
     depth: int
     revived: bool
@@ -37,17 +39,17 @@ class AcceptanceBucket(NamedTuple):
     def words(self, num_layers: int) -> str:
         """For the legend and the tooltip."""
         if self.depth >= num_layers:
-            return "read through all layers" + (
+            return "computed at all layers" + (
                 ", deferred before and revived" if self.revived else ""
             )
         revived = "revived, then " if self.revived else ""
-        return f"{revived}read through {self.depth} of {num_layers} layers, deferred since"
+        return f"{revived}computed at {self.depth} of {num_layers} layers, then deferred"
 
 
-class Run(NamedTuple):
+class TextRun(NamedTuple):
     """Neighbouring tokens of one kind."""
 
-    kind: AcceptanceBucket
+    kind: DepthKind
     text: str
 
 
@@ -56,7 +58,7 @@ def explain_page(
 ) -> str:
     """The page. All text is escaped."""
     kinds = [
-        AcceptanceBucket(depth, depth > before)
+        DepthKind(depth, depth > before)
         for depth, before in zip(reach.depth, reach.prefill_depth, strict=True)
     ]
     counts = Counter(kinds)
@@ -90,7 +92,7 @@ def explain_page(
 
 
 def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """Each token's share of the text; special tokens by name. Joined, they are the prompt."""
+    """The text of each token; special tokens by name. Joined, they are the prompt."""
     detokenizer = Detokenizer(tokenizer)
     special = set(tokenizer.all_special_ids)
     texts = []
@@ -104,15 +106,16 @@ def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def runs(kinds: Sequence[AcceptanceBucket], texts: Sequence[str]) -> Iterator[Run]:
-    """Neighbours of one kind become one run: thousands of tokens, hundreds of elements."""
+def runs(kinds: Sequence[DepthKind], texts: Sequence[str]) -> Iterator[TextRun]:
+    """Neighbours of one kind joined, so that the page has fewer elements than tokens."""
     for kind, group in groupby(zip(kinds, texts, strict=True), key=lambda pair: pair[0]):
-        yield Run(kind, "".join(text for _, text in group))
+        yield TextRun(kind, "".join(text for _, text in group))
 
 
-def _blocks(all_runs: Iterator[Run]) -> Iterator[str]:
+def _blocks(all_runs: Iterator[TextRun]) -> Iterator[str]:
     """Spans, in blocks that end where a line does."""
-    block, length = list[str](), 0
+    block: list[str] = []
+    length = 0
     for run in all_runs:
         text = run.text
         while (
@@ -121,18 +124,20 @@ def _blocks(all_runs: Iterator[Run]) -> Iterator[str]:
         ):
             block.append(_span(run.kind, text[:end]))
             yield f"<div>{''.join(block)}\n</div>"
-            block, length, text = [], 0, text[end + 1 :]
+            block = []
+            length = 0
+            text = text[end + 1 :]
         block.append(_span(run.kind, text))
         length += len(text)
     yield f"<div>{''.join(block)}</div>"
 
 
-def _span(kind: AcceptanceBucket, text: str) -> str:
+def _span(kind: DepthKind, text: str) -> str:
     return f'<span class="{kind.css}">{escape(text, quote=False)}</span>' if text else ""
 
 
-def _rule(kind: AcceptanceBucket, num_layers: int) -> str:
-    """Deeper is stronger: colour behind the text, and dim ink for what was hardly read."""
+def _rule(kind: DepthKind, num_layers: int) -> str:
+    """The style of a kind: more layers, stronger background; few layers, dim text."""
     share = kind.depth / max(1, num_layers)
     selector = "." + kind.css.replace(" ", ".")
     ink = "color: var(--dim); " if share < 0.5 else ""
@@ -142,12 +147,12 @@ def _rule(kind: AcceptanceBucket, num_layers: int) -> str:
     )
 
 
-def _order(counts: Counter[AcceptanceBucket]) -> list[AcceptanceBucket]:
+def _order(counts: Counter[DepthKind]) -> list[DepthKind]:
     """Deepest first."""
     return sorted(counts, key=lambda kind: (-kind.depth, kind.revived))
 
 
-def _legend_row(kind: AcceptanceBucket, count: int, total: int, num_layers: int) -> str:
+def _legend_row(kind: DepthKind, count: int, total: int, num_layers: int) -> str:
     words = escape(kind.words(num_layers))
     share = f'<td class="n">{count:,}</td><td class="n">{count / total:.1%}</td>'
     return f'<tr><td><span class="{kind.css}">text</span></td>{share}<td>{words}</td></tr>'
@@ -155,13 +160,15 @@ def _legend_row(kind: AcceptanceBucket, count: int, total: int, num_layers: int)
 
 def _origin_row(kind: origin.Origin, count: int, total: int) -> str:
     share = f'<td class="n">{count:,}</td><td class="n">{count / max(1, total):.1%}</td>'
-    return f'<tr><td><span class="from-{kind.name}">text</span></td>{share}<td>{_origin_words(kind)}</td></tr>'
+    name = f'<td><span class="from-{kind.name}">text</span></td>'
+    return f"<tr>{name}{share}<td>{_origin_words(kind)}</td></tr>"
 
 
 def _origin_span(part: origin.Part) -> str:
     tokens = f"{part.num_tokens} token{'' if part.num_tokens == 1 else 's'}"
     words = f"{_origin_words(part.origin)}, {tokens}"
-    return f'<span class="from-{part.origin.name}" data-words="{words}">{escape(part.text, quote=False)}</span>'
+    text = escape(part.text, quote=False)
+    return f'<span class="from-{part.origin.name}" data-words="{words}">{text}</span>'
 
 
 def _origin_words(kind: origin.Origin) -> str:

@@ -13,9 +13,10 @@ import typer
 
 from lazyahead.cli import INTERRUPTED, options
 from lazyahead.cli.compare import compare_and_show
+from lazyahead.cli.input import parse_path, read_document
 from lazyahead.cli.output import (
     Interrupt,
-    ReadingBar,
+    SideOutputs,
     check_folders,
     describe,
     note,
@@ -23,8 +24,8 @@ from lazyahead.cli.output import (
     record,
     whole_file,
 )
+from lazyahead.cli.progress import PrefillBar
 from lazyahead.errors import RequestError
-from lazyahead.text import read_text
 
 if TYPE_CHECKING:
     from lazyahead.cache.session import Session
@@ -33,23 +34,24 @@ if TYPE_CHECKING:
     from lazyahead.sampling import Sampling
 
 Ask = Callable[..., "Iterator[Piece]"]
-"""A question, ready to be asked: takes `on_progress`."""
-
+"""A request that is ready to run: takes `on_progress`, gives the pieces of the answer."""
 
 SessionFile = Annotated[
     Path | None,
-    typer.Option(help="Continue this conversation where the file exists, and keep it there."),
+    typer.Option(parser=parse_path, help="Continue this conversation, and keep it in this file."),
 ]
 Explain = Annotated[
     Path | None,
     typer.Option(
-        help="Write a page that shows what was read how deeply and what was drafted; colour the answer."
+        parser=parse_path,
+        help="Write a page that shows how deep each prompt token was computed and what was "
+        "drafted; colour the answer.",
     ),
 ]
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="The text to answer; - reads stdin.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The text to answer; - for stdin.")] = None,
     file: options.File = None,
     question: Annotated[
         str | None, typer.Option("--question", "-q", help="What to answer about the text.")
@@ -70,7 +72,7 @@ def generate(
     session: SessionFile = None,
     explain: Explain = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Run plain transformers as well, side by side.")
+        bool, typer.Option("--compare", help="Time plain transformers on the same prompt too.")
     ] = False,
     runs: options.Runs = 3,
     json: options.Json = False,
@@ -78,7 +80,8 @@ def generate(
     """Answers a prompt: the text, or a file with a question about it."""
     from lazyahead.cli.origin import as_json, print_legend
 
-    document = _document(prompt, file, question)
+    continues = session is not None and session.exists() and question is not None
+    document = read_document(prompt, file, question, piped=not continues)
     _check_files(session, explain, compare)
     sampling = options.make_sampling(
         max_new_tokens=max_new_tokens,
@@ -95,49 +98,42 @@ def generate(
     if compare:
         completion, results = compare_and_show(llm, document, question, sampling, runs, quiet=json)
     if not compare or kept is not None:
-        completion = answer(
-            ask, quiet=json or compare, show=_printer(llm, coloured=explain is not None)
-        )
+        show = _printer(llm, coloured=explain is not None)
+        completion = answer(ask, quiet=json or compare, show=show)
     if explain is not None:
         print_legend(completion)
     if not compare:
         note(describe(completion.stats))
-    cancelled = completion.finish_reason == "cancelled"
-    if kept is not None and not cancelled:
-        _keep(llm, kept, completion, session, explain)
     if json:
-        values = {
-            **summary(completion),
-            "answer_sources": as_json(llm.tokenizer, completion),
-            **results,
-        }
+        sources = as_json(llm.tokenizer, completion)
+        values = {**summary(completion), "answer_sources": sources, **results}
         num_runs = runs if compare else 1
-        print_json(
-            record(
-                llm, seed=sampling.seed, runs=num_runs, results=values, sampling=asdict(sampling)
-            )
-        )
-    if cancelled:
+        settings = {"sampling": asdict(sampling)}
+        print_json(record(llm, seed=sampling.seed, runs=num_runs, results=values, **settings))
+    if completion.finish_reason == "cancelled":
         raise typer.Exit(INTERRUPTED)
+    if kept is not None and not _keep(llm, kept, completion, session, explain):
+        raise typer.Exit(1)
 
 
 def _check_files(session: Path | None, explain: Path | None, compare: bool) -> None:
-    """Before any work: files that could not be written, or would not be."""
+    """Raises RequestError for files that could not be written, or would not be."""
     check_folders(session, explain)
     if compare and session:
         raise RequestError(
-            "--compare reads everything anew and --session continues; give one of them"
+            "--compare computes the whole prompt and --session continues; give one of them"
         )
 
 
 def answer(
     ask: Ask, *, quiet: bool = False, show: Callable[[Piece], None] | None = None
 ) -> Completion:
-    """Streams an answer to `show`, or to stdout, and folds it. Ctrl-C ends it with what it has:
-    `cancelled`."""
-    from lazyahead.results import Completion, Piece
+    """Streams an answer to `show`, or to stdout, and returns all of it. Ctrl-C ends it early: the
+    finish reason is then `cancelled`."""
+    from lazyahead.results import Completion
 
-    bar, pieces = ReadingBar(), list[Piece]()
+    bar = PrefillBar()
+    pieces: list[Piece] = []
     try:
         with Interrupt() as interrupt:
             for piece in ask(on_progress=bar):
@@ -160,7 +156,7 @@ def _print(piece: Piece) -> None:
 
 
 def _printer(llm: LLM, coloured: bool) -> Callable[[Piece], None]:
-    """In colours where that was asked for and stdout is a terminal."""
+    """Prints in colours if `coloured` and stdout is a terminal."""
     if not (coloured and sys.stdout.isatty()):
         return _print
     from lazyahead.cli.origin import ColourPrinter
@@ -185,25 +181,6 @@ def summary(completion: Completion) -> dict[str, Any]:
     }
 
 
-def _document(prompt: str | None, file: Path | None, question: str | None) -> str:
-    """The text, wherever it comes from. Refuses a request that says nothing."""
-    if prompt is not None and file is not None:
-        raise RequestError(
-            "give PROMPT or --file, not both; a question about the file goes into --question"
-        )
-    document = read_text(file) if file is not None else _stdin() if prompt == "-" else prompt or ""
-    if not (document.strip() or (question or "").strip()):
-        raise RequestError("the prompt is empty; give PROMPT, --file or --question")
-    return document
-
-
-def _stdin() -> str:
-    try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"stdin is not UTF-8 text (byte {error.start}); convert it") from None
-
-
 def _open_session(llm: LLM, path: Path | None, needed: bool) -> Session | None:
     if path is not None and path.exists():
         return llm.load_session(path)
@@ -213,13 +190,11 @@ def _open_session(llm: LLM, path: Path | None, needed: bool) -> Session | None:
 def _question(
     llm: LLM, document: str, question: str | None, session: Session | None, sampling: Sampling
 ) -> Ask:
-    """A new text starts anew (sharing what a session has read of it); a bare question is the
-    session's next turn."""
+    """A new document begins a new prompt (and reuses the prefix that the session has of it); a
+    question alone is the session's next turn."""
     if session is not None and len(session) and not (document and question):
-        turns = [
-            {"role": "user", "content": "…"},
-            {"role": "assistant", "content": "…"},
-        ]  # the session has them
+        # the session holds the earlier turns: their text is not used
+        turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
         last = {"role": "user", "content": question or document}
         return partial(llm.chat, [*turns, last], sampling=sampling, session=session)
     return partial(llm.stream, document, question, sampling=sampling, session=session)
@@ -227,16 +202,19 @@ def _question(
 
 def _keep(
     llm: LLM, session: Session, completion: Completion, path: Path | None, explain: Path | None
-) -> None:
-    """Writes what was asked to be kept."""
+) -> bool:
+    """Writes the session and the page that were asked for; returns whether all could be written."""
+    outputs = SideOutputs()
     if path is not None:
-        llm.save_session(session, path)
+        with outputs.writing(path):
+            llm.save_session(session, path)
     if explain is not None:
         from lazyahead.cli.explain import explain_page
 
-        page = explain_page(
-            llm.reach(session), llm.tokenizer, completion, model=llm.name, prefill=llm.prefill
-        )
-        with whole_file(explain) as name:
-            name.write_text(page, encoding="utf-8")
-        note(f"wrote {explain}")
+        reach = llm.reach(session)
+        page = explain_page(reach, llm.tokenizer, completion, model=llm.name, prefill=llm.prefill)
+        with outputs.writing(explain):
+            with whole_file(explain) as name:
+                name.write_text(page, encoding="utf-8")
+            note(f"wrote {explain}")
+    return not outputs.failed

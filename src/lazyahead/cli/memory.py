@@ -1,4 +1,4 @@
-"""`lazyahead memory`: what answers are remembered, and for whom."""
+"""`lazyahead memory`: the answers that a memory file holds, by namespace."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lazyahead.cli import options
+from lazyahead.cli.input import parse_path
 from lazyahead.cli.output import envelope, note, print_json, record, tables
+from lazyahead.cli.progress import load_torch, progress
 from lazyahead.errors import MemoryFileError, RequestError
 
 if TYPE_CHECKING:
     from lazyahead.draft.answers import AnswerLog
 
 app = typer.Typer(no_args_is_help=True)
-File = Annotated[Path, typer.Option("--file", "-f", help="The file that remembers.")]
-Namespace = Annotated[str | None, typer.Option(help="Whose answers. Left out: everybody's.")]
+File = Annotated[
+    Path, typer.Option("--file", "-f", parser=parse_path, help="The file of the memory.")
+]
+Namespace = Annotated[str | None, typer.Option(help="Left out: all of them.")]
 
 
 @app.callback()
@@ -30,7 +32,7 @@ def group() -> None:
 
 @app.command("list")
 def list_memory(file: File, namespace: Namespace = None, json: options.Json = False) -> None:
-    """Says how much is remembered, by namespace."""
+    """Shows how many answers the file holds, by namespace."""
     from lazyahead.draft.answers import AnswerLog
 
     with AnswerLog(file) as log:
@@ -61,24 +63,27 @@ def import_memory(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            help="Texts, JSON lines (text, prompt and answer, or tokens), or folders of those."
+            parser=parse_path,
+            help="Texts, JSON lines (text, prompt and answer, or tokens), or folders of those.",
         ),
     ],
     file: File,
-    namespace: Annotated[str, typer.Option(help="Who shall remember them.")] = "default",
+    namespace: Annotated[str, typer.Option(help="Under which they are kept.")] = "default",
     model: options.Model = None,
     capacity_bytes: Annotated[
-        int | None, typer.Option(help="Most memory of a namespace; the oldest leave.")
+        int | None, typer.Option(help="Most bytes of a namespace; the oldest answers are deleted.")
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Remembers documents and earlier answers, so that drafts are found in them."""
+    """Adds documents and earlier answers, so that drafts are found in them."""
     from lazyahead.config import Lookahead
     from lazyahead.draft.factory import open_log
     from lazyahead.draft.sources import find_sources, read_sequences
-    from lazyahead.hf.fingerprint import owner_of
 
     found = find_sources(sources)
+    load_torch()
+    from lazyahead.hf.fingerprint import owner_of
+
     limits = Lookahead(
         memory=str(file), namespace=namespace, **_given(capacity_bytes=capacity_bytes)
     )
@@ -87,9 +92,10 @@ def import_memory(
     num_sequences = num_tokens = 0
     with (
         open_log(str(file), owner_of(llm.model, llm.tokenizer), limits.capacity_bytes) as log,
-        _bar() as bar,
+        progress("adding") as report,
     ):
-        for path in bar.track(found, description="remembering"):
+        for number, path in enumerate(found):
+            report(f"adding {path.name}", number / len(found))
             try:
                 for tokens in read_sequences(path, llm.tokenizer, vocabulary):
                     log.append(tokens, namespace)
@@ -109,25 +115,27 @@ def import_memory(
         print_json(record(llm, seed=None, runs=1, results=results, **config))
     else:
         print(
-            f"{num_sequences:,} texts of {num_tokens:,} tokens from {len(found):,} files remembered in {file}"
+            f"{num_sequences:,} texts of {num_tokens:,} tokens from {len(found):,} files are in "
+            f"{file} now"
         )
 
 
 @app.command("clear")
 def clear_memory(file: File, namespace: Namespace = None, json: options.Json = False) -> None:
-    """Forgets the answers of a namespace, or all, on the disk too."""
+    """Deletes the answers of a namespace, or all, from the disk too."""
     from lazyahead.draft.answers import AnswerLog
 
     with AnswerLog(file) as log:
         if namespace is not None and namespace not in log.usage():
             raise MemoryFileError(
-                f"{file} has no namespace {namespace!r}; there are {', '.join(log.usage()) or 'none'}"
+                f"{file} has no namespace {namespace!r}; there are "
+                f"{', '.join(log.usage()) or 'none'}"
             )
         num_cleared = log.clear(namespace)
         if json:
             _print(log, {"namespace": namespace}, {"cleared": num_cleared})
             return
-    print(f"{num_cleared:,} answers forgotten")
+    print(f"{num_cleared:,} answers deleted")
 
 
 def _by_namespace(log: AnswerLog, namespace: str | None) -> list[dict[str, Any]]:
@@ -138,9 +146,14 @@ def _by_namespace(log: AnswerLog, namespace: str | None) -> list[dict[str, Any]]
         records = log.records(name)
         oldest, newest = (_when(records[place].created) for place in (0, -1))
         rows.append(
-            {"namespace": name, "answers": usage.num_answers, "tokens": usage.num_tokens, "oldest": oldest,
-             "newest": newest}
-        )  # fmt: skip
+            {
+                "namespace": name,
+                "answers": usage.num_answers,
+                "tokens": usage.num_tokens,
+                "oldest": oldest,
+                "newest": newest,
+            }
+        )
     return rows
 
 
@@ -149,28 +162,17 @@ def _when(seconds: float) -> str:
 
 
 def _print(log: AnswerLog, config: dict[str, Any], results: dict[str, Any]) -> None:
-    """The JSON of a command that needs no model: the file knows whose it is."""
+    """The JSON of a command that needs no model: the file names its owner."""
     import torch
 
-    where, owner = (torch.device("cpu"), torch.get_default_dtype()), log.owner
+    where = (torch.device("cpu"), torch.get_default_dtype())
+    owner = log.owner
     values = {**results, "tokenizer": owner.tokenizer}
     print_json(
         envelope(
             owner.model or "unknown", where, {"file": str(log.path), **config}, None, 1, values
         )
     )
-
-
-def _bar() -> Progress:
-    """Files done; on stderr, on a terminal only."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _given(**values: Any) -> dict[str, Any]:

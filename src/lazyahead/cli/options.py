@@ -1,5 +1,4 @@
-"""Options that commands share, and what they mean. Left out, an option takes the library's own
-default."""
+"""The options that commands share. An option that is left out takes the library's default."""
 
 from __future__ import annotations
 
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lazyahead.cli.input import check_text, parse_path, unescape
+from lazyahead.cli.progress import load_torch, progress
 from lazyahead.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 BUILT_IN = "built-in reader"
 
+# --- which model, and how it runs -----------------------------------------------------------------
+
 Model = Annotated[
     str | None,
     typer.Option(
@@ -30,40 +33,56 @@ Model = Annotated[
     ),
 ]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 and so on.")]
 Prefill = Annotated[
     str | None, typer.Option(help="off, a preset, or a profile (.toml). Left out: balanced.")
 ]
 Decode = Annotated[str | None, typer.Option(help="off or lookahead.")]
 Memory = Annotated[
-    Path | None, typer.Option(help="File that remembers answers to draft from later ones.")
+    Path | None,
+    typer.Option(parser=parse_path, help="File that keeps answers, to draft later ones from."),
 ]
 Namespace = Annotated[
-    str | None, typer.Option(help="Whose answers: a namespace never sees another's.")
+    str | None, typer.Option(help="Of the memory: a namespace never uses another's answers.")
+]
+
+# --- what is answered, and how --------------------------------------------------------------------
+
+File = Annotated[
+    Path | None,
+    typer.Option("--file", "-f", parser=parse_path, help="Document; - for stdin."),
 ]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.")]
 Temperature = Annotated[
-    float | None, typer.Option(help="0 takes the likeliest token; above 0 draws.")
+    float | None, typer.Option(help="0 takes the most probable token; above 0 samples.")
 ]
-TopK = Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens.")]
+TopK = Annotated[int | None, typer.Option(help="Sample among the k most probable tokens.")]
 TopP = Annotated[
-    float | None, typer.Option(help="Draw among the likeliest tokens of this joint probability.")
+    float | None,
+    typer.Option(help="Sample among the most probable tokens of this joint probability."),
 ]
 Seed = Annotated[
-    int | None, typer.Option(help="Same seed, same text. Left out: drawn, and reported.")
+    int | None, typer.Option(help="Same seed, same text. Left out: random, and reported.")
 ]
 Stop = Annotated[
     list[str] | None,
-    typer.Option(help="End the answer before this text. May be given several times."),
+    typer.Option(help=r"End the answer before this text (\n: a new line). May be repeated."),
 ]
-File = Annotated[Path | None, typer.Option("--file", "-f", help="Document to read.")]
+
+# --- what is measured -----------------------------------------------------------------------------
+
 Runs = Annotated[int, typer.Option(min=1, help="Timed runs of each side; the median counts.")]
+NumSamples = Annotated[int, typer.Option("--n", min=1, help="Samples of each category.")]
+Length = Annotated[int, typer.Option(min=256, help="Prompt tokens, about.")]
+SampleSeed = Annotated[
+    int, typer.Option(min=0, help="Which samples are drawn, and what is dropped at random.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
 
 
 @dataclass(frozen=True)
 class Loading:
-    """Which model, and how it is to read and write."""
+    """Which model is loaded, and its prefill and decoding."""
 
     model: str | None = None
     dtype: str | None = None
@@ -74,16 +93,18 @@ class Loading:
     namespace: str | None = None
 
     def load(self) -> LLM:
-        """The model. Says on stderr when it is the built-in one."""
+        """Loads the model; a line on stderr where it is the built-in one."""
         given: dict[str, Any] = {"model": self.model, "dtype": self.dtype, "device": self.device}
         given = {name: value for name, value in given.items() if value is not None}
+        if self.model is not None and self.model.startswith("~"):
+            given["model"] = str(parse_path(self.model))
         if self.prefill is not None:
             given["prefill"] = parse_prefill(self.prefill)
         if self.decode is not None or self.memory is not None or self.namespace is not None:
             given["decode"] = parse_decode(self.decode, self.memory, self.namespace)
         if self.model is None:
             print("lazyahead: no --model given, using the built-in reader", file=sys.stderr)
-        with waiting("loading"), quiet_transformers():
+        with progress("loading the model"), quiet_transformers():
             from lazyahead.llm import LLM
 
             llm = LLM(**given)
@@ -99,7 +120,7 @@ def parse_prefill(text: str) -> LazyPrefill | None:
     if text == "off":
         return None
     if text.endswith(".toml") or "/" in text:
-        return LazyPrefill.load(text)
+        return LazyPrefill.load(parse_path(text))
     return LazyPrefill.preset(text)
 
 
@@ -124,23 +145,26 @@ def parse_decode(
 
 
 def make_sampling(**given: Any) -> Sampling:
-    """Sampling from the options that were given. A seed is drawn here, so that it can be reported."""
+    """Sampling from the options that were given. A seed is drawn here, so that it can be
+    reported."""
+    load_torch()
     from lazyahead.sampling import Sampling
 
     given = {name: value for name, value in given.items() if value is not None}
     if "stop" in given:
-        given["stop"] = tuple(given["stop"])
+        given["stop"] = tuple(check_text("--stop", unescape(text)) for text in given["stop"])
     given.setdefault("seed", random.randrange(2**31))
     return Sampling(**given)
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No warnings or bars of transformers and its hub among ours."""
+    """Warnings and bars of transformers and its hub are left out."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    before = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
     hub_before = hub_logging.get_verbosity()
     logging.set_verbosity_error()
     hub_logging.set_verbosity(ERROR)
@@ -152,17 +176,3 @@ def quiet_transformers() -> Iterator[None]:
         hub_logging.set_verbosity(hub_before)
         if bars:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def waiting(what: str) -> Iterator[None]:
-    """A spinner on stderr, on a terminal only."""
-    from rich.console import Console
-
-    with Console(stderr=True).status(what) if sys.stderr.isatty() else _nothing():
-        yield
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -1,5 +1,5 @@
-"""How each part of an answer came: drafted (from the prompt, the answer so far, the memory) or the
-model's own."""
+"""The source of each part of an answer: the prompt, the answer so far or the memory, where it was
+drafted, or the model alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Origin(NamedTuple):
-    """One way in which tokens come. No two look alike without colour."""
+    """One source of tokens. Their styles differ without colour too."""
 
     name: str
     """In JSON, and as a class of the page."""
@@ -48,8 +48,8 @@ class Part(NamedTuple):
 
 
 class Painter:
-    """Gives text that comes in pieces back in parts by origin. A character belongs to the token
-    that completes it."""
+    """Splits streamed text into parts by origin. A character belongs to the token that completes
+    it."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._detokenizer = Detokenizer(tokenizer)
@@ -89,8 +89,7 @@ def parts(tokenizer: Any, completion: Completion) -> list[Part]:
 
 
 def counts(completion: Completion) -> dict[Origin, int]:
-    """Tokens of each origin, the end-of-text token included: those of the memory only where there
-    are some."""
+    """Tokens of each origin, the end-of-text token included; the memory is left out at 0."""
     counted = Counter(
         ORIGINS[source] for source in completion.sources or [None] * len(completion.token_ids)
     )
@@ -102,7 +101,8 @@ def counts(completion: Completion) -> dict[Origin, int]:
 
 
 def legend(completion: Completion) -> Text:
-    """62 tokens: 41 from the prompt, 9 from the answer, 12 the model's own; 4.8 tokens a step."""
+    """For example: 62 tokens: 41 from the prompt, 9 from the answer, 12 the model's own; 4.8 tokens
+    a step."""
     num = len(completion.token_ids)
     text = Text(f"{num} token{'' if num == 1 else 's'}: ")
     for place, (origin, count) in enumerate(counts(completion).items()):
@@ -128,7 +128,8 @@ class ColourPrinter:
     """Prints pieces to a terminal, in colours where it has some."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._painter, self._console = Painter(tokenizer), Console(highlight=False)
+        self._painter = Painter(tokenizer)
+        self._console = Console(highlight=False)
 
     def __call__(self, piece: Piece) -> None:
         for part in self._painter.add(piece.text, piece.token_ids, piece.sources):

@@ -1,4 +1,4 @@
-"""What commands print: one JSON line, tables, a progress bar, files that are whole or not there."""
+"""What commands print and write: one JSON line, tables, and files that are whole or not there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from lazyahead.errors import RequestError
+from lazyahead.cli import complain
+from lazyahead.errors import LazyAheadError, RequestError
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from lazyahead.llm import LLM
     from lazyahead.results import Stats
 
-BAR_AFTER_S = 0.5
 TABLE_WIDTH = 120
 
 
@@ -64,22 +62,26 @@ def envelope(
 
 
 def print_json(values: dict[str, Any]) -> None:
-    """The last line of stdout."""
-    print(json.dumps(values, ensure_ascii=False), flush=True)
+    """The last line of stdout, in ASCII whatever the terminal's encoding."""
+    print(json.dumps(values), flush=True)
 
 
 def describe(stats: Stats) -> str:
     """One line about an answer."""
     reused = f", {stats.reused_tokens:,} reused" if stats.reused_tokens else ""
-    return (
-        f"first token {seconds(stats.ttft_s)} · {stats.tokens_per_s:.1f} tokens/s"
-        f" · {stats.prompt_tokens:,} prompt tokens{reused}, {stats.prompt_tokens_computed:.0%} computed"
-        f" · {stats.revived:,} revived · {stats.answer_tokens} answer tokens, {stats.tokens_per_step:.2f} per step"
+    parts = (
+        f"first token {seconds(stats.ttft_s)}",
+        f"{stats.tokens_per_s:.1f} tokens/s",
+        f"{stats.prompt_tokens:,} prompt tokens{reused}, "
+        f"{stats.prompt_tokens_computed:.0%} computed",
+        f"{stats.revived:,} revived",
+        f"{stats.answer_tokens} answer tokens, {stats.tokens_per_step:.2f} per step",
     )
+    return " · ".join(parts)
 
 
 def seconds(value: float) -> str:
-    """A duration that a person reads at a glance."""
+    """A duration with a unit that suits it."""
     return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.0f} ms"
 
 
@@ -89,54 +91,19 @@ def note(message: str) -> None:
 
 
 def tables() -> Console:
-    """Where tables go: stdout, wide enough for all their columns also where that is no terminal."""
+    """The console for tables: stdout, `TABLE_WIDTH` columns wide where it is not a terminal."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else TABLE_WIDTH)
 
 
-class ReadingBar:
-    """How much of a long prompt has been read; on stderr, on a terminal only, gone before the
-    answer starts."""
-
-    def __init__(self, enabled: bool | None = None) -> None:
-        self._enabled = sys.stderr.isatty() if enabled is None else enabled
-        self._started = time.perf_counter()
-        self._progress: Progress | None = None
-
-    def __call__(self, fraction: float) -> None:
-        """Called by `LLM.stream` with 0 … 1."""
-        if not self._enabled:
-            return
-        if self._progress is None:
-            if time.perf_counter() - self._started < BAR_AFTER_S:
-                return
-            columns = (
-                TextColumn("reading"),
-                BarColumn(),
-                TaskProgressColumn(),
-                TimeElapsedColumn(),
-            )
-            self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._progress.add_task("reading", total=1.0)
-            self._progress.start()
-        self._progress.update(self._progress.task_ids[0], completed=fraction)
-
-    def close(self) -> None:
-        """Takes the bar away. May be called often."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-        self._enabled = False
-
-
 class Interrupt:
-    """Ctrl-C between two steps rather than inside one: a session stays whole. While it cannot wait,
-    it raises."""
+    """Ctrl-C takes effect between two steps rather than inside one, so that a session stays whole.
+    While `can_wait` is false it raises KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
         self.came = False
         """Ctrl-C was pressed; end after this step."""
         self.can_wait = False
-        """Whether a next step is near. A second Ctrl-C never waits."""
+        """Whether a next step follows soon. A second Ctrl-C raises in any case."""
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
@@ -154,16 +121,34 @@ class Interrupt:
 
 
 def check_folders(*paths: Path | None) -> None:
-    """Refuses what could not be written, before any work is done for it."""
+    """Raises RequestError for files that could not be written, before any work is done."""
     for path in paths:
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
             raise RequestError(f"{path} cannot be written: {reason}")
 
 
+class SideOutputs:
+    """Files that are written after the result was printed: one that fails costs nothing else."""
+
+    def __init__(self) -> None:
+        self.failed = False
+        """Whether one could not be written; the command then ends with exit code 1."""
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[None]:
+        """One line on stderr where what is written inside fails."""
+        try:
+            yield
+        except (OSError, LazyAheadError) as error:
+            self.failed = True
+            reason = getattr(error, "strerror", None) or str(error)
+            complain(reason if str(path) in reason else f"{path} could not be written: {reason}")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to; it becomes `path` when all went well, and vanishes when not."""
+    """A temporary name to write to; renamed to `path` at the end, deleted after an exception."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         temporary.touch()

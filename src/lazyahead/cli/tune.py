@@ -1,12 +1,8 @@
-"""`lazyahead tune`: the strongest pruning that leaves a model's answers to one's own prompts as
-they are."""
+"""`lazyahead tune`: the strongest pruning that keeps the answers to given prompts."""
 
 from __future__ import annotations
 
 import json as json_
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,19 +10,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from lazyahead.cli import options
-from lazyahead.cli.output import check_folders, note, print_json, record, seconds, whole_file
+from lazyahead.cli.input import check_text, parse_path
+from lazyahead.cli.output import (
+    SideOutputs,
+    check_folders,
+    note,
+    print_json,
+    record,
+    seconds,
+    whole_file,
+)
+from lazyahead.cli.progress import load_torch, progress
 from lazyahead.errors import RequestError
 from lazyahead.text import read_text
 
 if TYPE_CHECKING:
-    from lazyahead.tune.answers import Agreement, Task
-    from lazyahead.tune.answers import Progress as Tell
+    from lazyahead.tune.answers import AgreementCount, Task
     from lazyahead.tune.tuner import Found, Tuned
 
-SAMPLES, LENGTH = 2, 2048
+SAMPLES = 2
+LENGTH = 2048
 
 
 def tune(
@@ -34,12 +39,14 @@ def tune(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="JSON lines with `prompt` (and `question`), a folder with a prompt in each text file, or a text with "
-            "one prompt a line. Left out: questions of the reader's world, for the built-in reader."
+            parser=parse_path,
+            help="JSON lines with `prompt` (and `question`), a folder of text files, or a text "
+            "with one prompt a line. Left out: questions of the reader's world.",
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Profile to write (.toml), for --prefill.")
+        Path | None,
+        typer.Option(parser=parse_path, help="Profile to write (.toml), for --prefill."),
     ] = None,
     samples: Annotated[
         int | None,
@@ -60,7 +67,7 @@ def tune(
     min_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="The profile's: shorter prompts are read whole. Left out: the library's."
+            min=1, help="Of the profile: shorter prompts are not pruned. Left out: the default."
         ),
     ] = None,
     dtype: options.Dtype = None,
@@ -72,6 +79,7 @@ def tune(
     """Finds how much of a prompt can be deferred before answers change, and writes a profile for
     --prefill."""
     _check(model, prompts, out, samples, length)
+    load_torch()
     tasks = (
         read_tasks(prompts)
         if prompts is not None
@@ -79,32 +87,35 @@ def tune(
     )
     llm = options.Loading(model, dtype, device).load()
     from lazyahead.config import LazyPrefill
-    from lazyahead.tune.answers import reading_by
+    from lazyahead.tune.answers import under
     from lazyahead.tune.tuner import tune as search
 
     base = LazyPrefill() if min_tokens is None else replace(LazyPrefill(), min_tokens=min_tokens)
-    with options.quiet_transformers(), _bar() as tell:
+    with options.quiet_transformers(), progress("tune") as report:
         tuned = search(
-            llm, tasks, base=base, max_new_tokens=max_new_tokens, agree=agree, runs=runs, progress=tell
-        )  # fmt: skip
-    _tell_skipped(tuned, base.min_tokens)
-    if tuned.found is not None and out is not None:
-        _write(out, llm.name, tuned.found, tuned, agree)
+            llm,
+            tasks,
+            base=base,
+            max_new_tokens=max_new_tokens,
+            agree=agree,
+            runs=runs,
+            progress=report,
+        )
+    _note_skipped(tuned, base.min_tokens)
     if json:
         rule = tuned.found.prefill if tuned.found else None
         written = str(out) if out is not None and rule is not None else None
         settings = {"agree": agree, "max_new_tokens": max_new_tokens}
-        print_json(
-            record(
-                reading_by(llm, rule),
-                seed=seed,
-                runs=runs,
-                results=fields(tuned, written),
-                **settings,
-            )
-        )
+        results = fields(tuned, written)
+        print_json(record(under(llm, rule), seed=seed, runs=runs, results=results, **settings))
     else:
         _show(tuned, out, agree)
+    outputs = SideOutputs()
+    if tuned.found is not None and out is not None:
+        with outputs.writing(out):
+            _write(out, llm.name, tuned.found, tuned, agree)
+    if outputs.failed:
+        raise typer.Exit(1)
 
 
 def _check(
@@ -122,12 +133,13 @@ def _check(
         )
     if prompts is None and model is not None:
         raise RequestError(
-            f"give --prompts with some of your own for {model}: it knows nothing of the reader's world"
+            f"give --prompts of your own for {model}: it was not trained on the reader's world"
         )
     for name, value in (("--samples", samples), ("--length", length)):
         if prompts is not None and value is not None:
             raise RequestError(
-                f"{name} {value} is for built-in questions and --prompts brings others; leave one out"
+                f"{name} {value} is for built-in questions and --prompts brings others; "
+                "leave one out"
             )
 
 
@@ -155,13 +167,14 @@ def read_tasks(path: Path) -> list[Task]:
 def _json_task(name: str, values: dict[str, Any]) -> Task:
     from lazyahead.tune.answers import Task
 
-    turns, question = values.get("turns"), values.get("question")
+    turns = values.get("turns")
+    question = values.get("question")
     prompt = turns[0] if isinstance(turns, list) and turns else values.get("prompt")
     if not isinstance(prompt, str) or not isinstance(question, str | None):
         raise RequestError(
             f"{name}: needs a text as `prompt`, and one as `question` where there is one"
         )
-    return Task(name, prompt, question)
+    return Task(name, check_text(name, prompt), question and check_text(name, question))
 
 
 def own_tasks(count: int, length: int, seed: int) -> list[Task]:
@@ -217,34 +230,22 @@ def _write(path: Path, model: str, found: Found, tuned: Tuned, agree: float) -> 
     note(f"{verb} {path}")
 
 
-@contextmanager
-def _bar() -> Iterator[Tell]:
-    """What is going on, on stderr, on a terminal only."""
-    columns = (
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(
-        *columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
-    ) as bar:  # fmt: skip
-        task = bar.add_task("starting", total=1.0)
-        yield lambda text, done: bar.update(task, description=text, completed=done)
-
-
-def _tell_skipped(tuned: Tuned, min_tokens: int) -> None:
+def _note_skipped(tuned: Tuned, min_tokens: int) -> None:
     if tuned.skipped:
-        first, more = ", ".join(tuned.skipped[:5]), len(tuned.skipped) - 5
+        first = ", ".join(tuned.skipped[:5])
+        more = len(tuned.skipped) - 5
         others = f" and {more} more" if more > 0 else ""
-        note(f"left out, shorter than min_tokens {min_tokens} and so read whole: {first}{others}")
+        note(f"left out, shorter than min_tokens {min_tokens}: {first}{others}")
 
 
 def _show(tuned: Tuned, out: Path | None, agree: float) -> None:
     from lazyahead.tune.tuner import words
 
     console = Console(highlight=False, soft_wrap=True)
-    effort = f"{tuned.num_tried} ways of reading tried on {tuned.num_prompts} prompts of {tuned.prompt_tokens:,} tokens"
+    effort = (
+        f"{tuned.num_tried} settings tried on {tuned.num_prompts} prompts of "
+        f"{tuned.prompt_tokens:,} tokens"
+    )
     found = tuned.found
     if found is None:
         wanted = "every answer" if agree == 1 else f"{agree:.0%} of the answers"
@@ -257,9 +258,10 @@ def _show(tuned: Tuned, out: Path | None, agree: float) -> None:
             "Keep --prefill off for prompts like these, or allow some to differ with --agree 0.9."
         )
         return
-    clock, rule = found.clock, found.prefill
+    clock = found.clock
+    rule = found.prefill
     console.print(
-        f"Keep {words(rule.schedule)}, as {rule.scorer} scores ({effort}).",
+        f"Keep {words(rule.schedule)}, scored by {rule.scorer} ({effort}).",
         style="green",
         markup=False,
     )
@@ -267,7 +269,7 @@ def _show(tuned: Tuned, out: Path | None, agree: float) -> None:
         f"Same answers: {_count(found.search)} that guided the search, {_held_out(found.held_out)}."
     )
     console.print(
-        f"First token: {seconds(clock.ttft_s)} instead of {seconds(clock.full_ttft_s)} for reading everything, "
+        f"First token: {seconds(clock.ttft_s)} instead of {seconds(clock.full_ttft_s)} unpruned, "
         f"{clock.speedup:.2f}x as fast ({found.ideal_speedup:.2f}x by FLOPs)."
     )
     console.print(
@@ -277,9 +279,9 @@ def _show(tuned: Tuned, out: Path | None, agree: float) -> None:
     )
 
 
-def _count(agreement: Agreement) -> str:
+def _count(agreement: AgreementCount) -> str:
     return f"{agreement.agreed} of {agreement.of}"
 
 
-def _held_out(agreement: Agreement | None) -> str:
+def _held_out(agreement: AgreementCount | None) -> str:
     return f"{_count(agreement)} held out" if agreement else "none held out (that takes 8 prompts)"

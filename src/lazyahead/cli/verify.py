@@ -1,29 +1,29 @@
-"""`lazyahead verify`: with nothing deferred our tokens are plain transformers', and drafting
-changes none of ours."""
+"""`lazyahead verify`: with nothing deferred our tokens are those of transformers, and drafting
+changes none."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import track
 
 from lazyahead.cli import INTERRUPTED, options
+from lazyahead.cli.input import parse_path
 from lazyahead.cli.output import Interrupt, print_json, record
+from lazyahead.cli.progress import progress
 from lazyahead.errors import RequestError
 from lazyahead.text import read_text
 
-NUM_PROMPTS, LENGTH = 6, 512
+NUM_PROMPTS = 6
+LENGTH = 512
 BATCH = 16
-"""Prompts that are answered at once: bounds memory."""
+"""Prompts that are answered at once; bounds memory."""
 WORDS = {
     "keep_all": "nothing deferred, against plain transformers",
-    "drafting": "drafting ahead, against writing token by token",
-    "sampled": "the same, drawn with a seed at temperature 0.8",
+    "drafting": "with drafts, against decoding token by token",
+    "sampled": "the same, sampled with a seed at temperature 0.8",
 }
 
 
@@ -32,7 +32,8 @@ def verify(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="File with one prompt a line. Left out: questions of the reader's world."
+            parser=parse_path,
+            help="File with one prompt a line. Left out: questions of the reader's world.",
         ),
     ] = None,
     n: Annotated[
@@ -51,12 +52,13 @@ def verify(
     """Compares answers, token by token: nothing deferred against plain transformers, drafts against
     none.
 
-    Ctrl-C ends it after the batch that runs, and tells what was found so far.
+    Ctrl-C ends it after the current batch and prints what was found so far.
     """
     texts = _lines(prompts, n, length)
     rule = options.parse_prefill(prefill or "balanced")
     llm = options.Loading(model, dtype, device, prefill="off", decode="off").load()
-    count, length = n or NUM_PROMPTS, length or LENGTH
+    count = n or NUM_PROMPTS
+    length = length or LENGTH
     with options.quiet_transformers():
         from lazyahead.bench.agreement import Agreement, own_prompts
 
@@ -66,9 +68,10 @@ def verify(
             else own_prompts(llm, count, length)
         )
         agreement = Agreement(llm, rule, max_new_tokens)
-        with Interrupt() as interrupt:
-            for batch in _batches(token_ids):
-                agreement.add(batch)
+        with Interrupt() as interrupt, progress("answering") as report:
+            for start in range(0, len(token_ids), BATCH):
+                report("answering", start / len(token_ids))
+                agreement.add(token_ids[start : start + BATCH])
                 interrupt.can_wait = True
                 if interrupt.came:
                     break
@@ -85,7 +88,7 @@ def verify(
 
 
 def _lines(path: Path | None, n: int | None, length: int | None) -> list[str]:
-    """The prompts of a file; none where the reader's are meant."""
+    """The prompts of a file; empty without one."""
     if path is None:
         return []
     for name, value in (("--n", n), ("--length", length)):
@@ -99,26 +102,18 @@ def _lines(path: Path | None, n: int | None, length: int | None) -> list[str]:
     return texts
 
 
-def _batches(prompts: list[list[int]]) -> Iterator[list[list[int]]]:
-    """Some at a time, with a bar on stderr, on a terminal only."""
-    starts, console = range(0, len(prompts), BATCH), Console(stderr=True)
-    for start in track(
-        starts, "answering", console=console, transient=True, disable=not sys.stderr.isatty()
-    ):
-        yield prompts[start : start + BATCH]
-
-
 def _show(fields: dict[str, Any]) -> None:
     console = Console(highlight=False)
     count = f"{fields['prompts']} prompts, {fields['tokens']} tokens, {fields['dtype']}"
     for check, num in fields["checks"].items():
-        result = f"{num} answers part" if num else "identical"
+        result = f"{num} answers differ" if num else "identical"
         console.print(f"{WORDS[check]}: {result} ({count})", style="yellow" if num else "green")
     if reason := fields["not_checked"]:
         console.print(f"Drafting was not checked: {reason}.", style="yellow")
     if first := fields["first_divergence"]:
         console.print(
-            f"First at token {first['token']} of prompt {first['prompt'] + 1} ({WORDS[first['check']]})."
+            f"First at token {first['token']} of prompt {first['prompt'] + 1} "
+            f"({WORDS[first['check']]})."
         )
         if first["logit_gap"] is not None:
             console.print(

@@ -14,7 +14,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lazyahead.hf.load import max_context
 from lazyahead.hf.rope import Rope, growing_rope
 from lazyahead.hf.trace import AttentionCall, LayerCall, MaskRule, Trace, Unfit, all_configs, trace
-from lazyahead.prefill.schedule import LayerShape
 
 ATTENTION_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Layer types whose whole memory is keys and values by position."""
@@ -30,7 +29,6 @@ _HONOURED = {
 }
 """What attention may be called with: heeded, or without effect on which token sees what. Flags
 (bool) aside."""
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _FARTHEST = 1 << 20
 """Windows that are wider than this are none."""
 
@@ -67,8 +65,6 @@ class ModelSpec:
     """Per layer: a row sees keys of its own chunk of this many positions."""
     widths: tuple[int, ...]
     """Per layer: query heads times their size."""
-    projected: tuple[int, ...]
-    """Per layer: weights that make its queries, keys and values."""
     arg_specs: tuple[dict[int | str, ArgSpec], ...]
     """Per layer: the tables among its arguments, by place or name."""
     num_token_args: int
@@ -105,25 +101,6 @@ class ModelSpec:
         """Where the first layer lives: input goes there."""
         return next(self.layers[0].parameters()).device
 
-    @property
-    def layer_shape(self) -> LayerShape:
-        """Mean cost of a layer, for ideal speed-ups; of a mixture of experts only those that a
-        token visits."""
-        config = self.configs[0].get_text_config()
-        total = sum(parameter.numel() for layer in self.layers for parameter in layer.parameters())
-        experts = next((n for name in _EXPERTS if (n := getattr(config, name, None))), 0)
-        active = getattr(config, "num_experts_per_tok", None) or 0
-        if experts and active:
-            routed = sum(
-                p.numel()
-                for layer in self.layers
-                for name, p in layer.named_parameters()
-                if "experts" in name
-            )
-            total -= round(routed * (1 - active / experts))
-        means = (total, sum(self.widths), sum(self.projected))
-        return LayerShape(*(number // self.num_layers for number in means))
-
 
 def inspect_model(model: PreTrainedModel) -> ModelSpec:
     """The parts of a model. Raises Unfit with the reason why its tokens cannot be deferred."""
@@ -151,22 +128,10 @@ def inspect_model(model: PreTrainedModel) -> ModelSpec:
         windows=tuple(window for window, _ in reaches),
         chunks=tuple(chunk for _, chunk in reaches),
         widths=tuple(call.query.shape[1] * call.query.shape[3] for call in calls),
-        projected=tuple(
-            _num_projected(short.entries[layer], call)
-            for layer, call in zip(layers, calls, strict=True)
-        ),
         arg_specs=arg_specs,
         num_token_args=len(token_args),
         rope=growing_rope(model),
     )
-
-
-def _num_projected(entry: LayerCall, call: AttentionCall) -> int:
-    """Weights between a layer's hidden states and its attention, as if each number came of all of
-    them."""
-    hidden = entry.args[0] if entry.args else entry.kwargs["hidden_states"]
-    widths = (part.shape[1] * part.shape[3] for part in (call.query, call.keys, call.keys))
-    return int(hidden.shape[-1]) * sum(widths)
 
 
 def declared_types(model: PreTrainedModel) -> tuple[str, ...]:

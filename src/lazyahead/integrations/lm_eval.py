@@ -1,10 +1,10 @@
-"""lm-eval's view of this engine: `--model lazyahead`, with how it reads and writes as model
-arguments."""
+"""This engine as a model of lm-eval: `--model lazyahead`, with prefill and decode as arguments."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from itertools import groupby
 from statistics import fmean
@@ -15,32 +15,32 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from rich.progress import track
 
 from lazyahead.cli.options import parse_decode, parse_prefill
+from lazyahead.cli.progress import progress
 from lazyahead.draft.factory import describe
 from lazyahead.errors import ConfigError, RequestError
 from lazyahead.integrations.likelihood import Scored, dictate, score_whole
 from lazyahead.llm import LLM
+from lazyahead.report import silent
 from lazyahead.results import Completion
 from lazyahead.sampling import Sampling
 
 log = logging.getLogger(__name__)
 
 NOT_HERE = "cuda:0"
-"""What lm-eval says of the device when nobody did."""
+"""The device that lm-eval passes where none was given."""
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size")
 """Generation settings that mean the same here; beside them `until`, `max_gen_toks` and `do_sample`
 are known."""
 
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
-"""Settings of tasks that ask for nothing at these values, and are refused at others."""
+"""Settings of tasks that have no effect at these values, and are refused at others."""
 
 
 @register_model("lazyahead")
 class LazyAheadLM(TemplateLM):  # type: ignore[misc]
-    """A model that reads by `prefill` (off, a preset, or a profile) and writes by `decode` (off or
-    lookahead).
+    """A model under `prefill` (off, a preset, or a profile) and `decode` (off or lookahead).
 
     `batch_size` requests are answered at once. Raises ConfigError naming an argument that is
     unknown.
@@ -61,7 +61,8 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         if unknown:
-            known = "pretrained, prefill, decode, dtype, device, batch_size, max_length, max_gen_toks, seed"
+            known = "pretrained, prefill, decode, dtype, device, batch_size, "
+            known += "max_length, max_gen_toks, seed"
             raise ConfigError(
                 f"--model_args {', '.join(unknown)}: not known to lazyahead, which takes {known}"
             )
@@ -82,11 +83,9 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
             decode=parse_decode(str(decode)),
         )
         self.tokenizer = self.llm.tokenizer
-        self.batch_size, self.max_gen_toks, self._seed = (
-            int(batch_size),
-            int(max_gen_toks),
-            int(seed),
-        )
+        self.batch_size = int(batch_size)
+        self.max_gen_toks = int(max_gen_toks)
+        self._seed = int(seed)
         self.max_length = min(int(max_length or self.llm.max_context), self.llm.max_context)
         self._device = self.llm.model.device
         self._completions: list[Completion] = []
@@ -100,7 +99,7 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context."""
+        """The token before a text that has no context."""
         bos = self.tokenizer.bos_token_id
         return int(self.eot_token_id if bos is None else bos)
 
@@ -111,7 +110,7 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Text to tokens; a text that brings its own first token, as chat templates do, gets no
+        """Text to tokens; a text that contains its own first token, as chat templates do, gets no
         second one."""
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
@@ -139,7 +138,7 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
             )
         )
 
-    # --- what lm-eval asks ------------------------------------------------------------------------
+    # --- what lm-eval calls -----------------------------------------------------------------------
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The answers, up to their stop strings. Raises ConfigError naming a generation setting
@@ -159,12 +158,12 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of whole texts. There is no prompt in them, so lazy reading cannot be
-        measured by it."""
+        """Log-likelihood of whole texts. Raises ConfigError unless prefill is off: without a prompt
+        nothing is pruned."""
         if self.llm.prefill is not None:
             raise ConfigError(
-                "the likelihood of a whole text has no prompt to read lazily: it would be the plain model's whatever "
-                "prefill is; pass prefill=off to measure that"
+                "the likelihood of a whole text has no prompt to prune: it would be the plain "
+                "model's under any prefill; pass prefill=off to measure that"
             )
         sums = []
         for request in self._bar(requests, "scoring", disable_tqdm):
@@ -186,7 +185,7 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
         disable_tqdm: bool = False,
         **_: Any,
     ) -> list[Scored]:
-        """Continuations, dictated to the engine after it has read their contexts by `prefill`."""
+        """Continuations, forced token by token after the prefill of their contexts."""
         found: list[Scored] = []
         for batch in self._batches(requests, "scoring", disable_tqdm):
             pairs = [self._pair(*request) for request in batch]
@@ -202,8 +201,9 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
         return found
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes beside its results: both strategies, and what they did."""
-        llm, stats = self.llm, [completion.stats for completion in self._completions]
+        """What lm-eval records with its results: both strategies, and their measurements."""
+        llm = self.llm
+        stats = [completion.stats for completion in self._completions]
         info: dict[str, Any] = {
             "version": version("lazyahead"),
             "model": llm.name,
@@ -222,14 +222,16 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
     # --- their parts ------------------------------------------------------------------------------
 
     def _sampling(self, settings: dict[str, Any]) -> Sampling:
-        """lm-eval's words to ours."""
+        """Sampling from lm-eval's settings."""
         given = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
-        stop, do_sample = tuple(given.pop("until")), given.pop("do_sample")
+        stop = tuple(given.pop("until"))
+        do_sample = given.pop("do_sample")
         given = {name: value for name, value in given.items() if NEUTRAL.get(name, ...) != value}
         if unknown := [name for name in given if name not in (*SAMPLING, "max_gen_toks")]:
             known = ", ".join(("until", "max_gen_toks", "do_sample", *SAMPLING))
             raise ConfigError(
-                f"generation setting {', '.join(unknown)} is not known to lazyahead, which takes {known}"
+                f"generation setting {', '.join(unknown)} is not known to lazyahead, "
+                f"which takes {known}"
             )
         values = {name: given[name] for name in SAMPLING if name in given}
         values["temperature"] = values.get("temperature", 1.0) if do_sample else 0.0
@@ -245,8 +247,8 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
         return self._fit(context or [self.prefix_token_id], len(continuation)), continuation
 
     def _answer(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
-        """Greedy answers all at once; drawn ones each with its own noise, or repeats would all be
-        the same."""
+        """Greedy answers in one batch; sampled ones each with a seed of its own, since repeats of a
+        prompt must differ."""
         if sampling.temperature == 0:
             completions = self.llm.generate(prompts, sampling=sampling)
         else:
@@ -290,13 +292,7 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
         yield from self._bar(batches, what, is_quiet)
 
     def _bar(self, items: Sequence[Any], what: str, is_quiet: bool) -> Iterator[Any]:
-        from rich.console import Console
-
-        console = Console(stderr=True)
-        yield from track(
-            items,
-            what,
-            console=console,
-            transient=True,
-            disable=is_quiet or not console.is_terminal,
-        )
+        with nullcontext(silent) if is_quiet else progress(what) as report:
+            for number, item in enumerate(items):
+                report(what, number / len(items))
+                yield item

@@ -18,7 +18,7 @@ class Boundary(NamedTuple):
     keep_ratio: float
 
     def keep_count(self, num_tokens: int) -> int:
-        """Tokens of a prompt of `num_tokens` that go on: at least one, never more than there are."""
+        """Tokens of a prompt of `num_tokens` that go on: at least one, at most all."""
         return max(1, min(num_tokens, ceil(self.keep_ratio * num_tokens)))
 
 
@@ -60,59 +60,9 @@ def kept_by_layer(placed: Sequence[Boundary], num_layers: int, num_tokens: int) 
     return tuple(counts)
 
 
-class LayerShape(NamedTuple):
-    """What one decoder layer costs: weights that each token multiplies with, and width of its
-    attention."""
-
-    num_weights: int
-    attention_width: int
-    """Heads times head dimension of the queries."""
-    num_projected: int = 0
-    """Those of the weights that make queries, keys and values."""
-
-
 def num_local_layers(placed: Sequence[Boundary], num_layers: int, score_from_depth: float) -> int:
-    """How many of the first layers may look only at what is near: where anything is cut, those
-    before the first boundary, and before the depth from which scorers look far."""
+    """How many of the first layers attend within the local window: those before the first boundary
+    and before `score_from_depth`; none where nothing is pruned."""
     if all(boundary.keep_ratio == 1 for boundary in placed):
         return 0
     return min(*(boundary.layer for boundary in placed), round(score_from_depth * num_layers))
-
-
-def prefill_flops(
-    counts: Sequence[int], shape: LayerShape, near: int = 0, num_near: int = 0
-) -> float:
-    """Floating-point operations of a prefill that computes `counts[l]` tokens at layer l, causal
-    attention included.
-
-    In the first `num_near` layers a token attends to `near` tokens, if `near` is not 0.
-    """
-    per_token = 2.0 * shape.num_weights
-    spans = [min(n, near) if near and layer < num_near else n for layer, n in enumerate(counts)]
-    pairs = [n * span - span * span / 2 for n, span in zip(counts, spans, strict=True)]
-    return sum(
-        n * per_token + 4.0 * pair * shape.attention_width
-        for n, pair in zip(counts, pairs, strict=True)
-    )
-
-
-def ahead_flops(
-    placed: Sequence[Boundary],
-    counts: Sequence[int],
-    shape: LayerShape,
-    ahead: float,
-    score_from_depth: float = 0.0,
-) -> float:
-    """What scorers that run ahead to the depth `ahead` add: queries, keys and values of all that
-    stands at a boundary, at each layer on the way from `score_from_depth` on. The few rows that
-    run cost next to nothing."""
-    until, first = (
-        min(round(ahead * len(counts)), len(counts) - 1),
-        round(score_from_depth * len(counts)),
-    )
-    standing = sum(
-        counts[at.layer - 1] * max(0, until - max(first, at.layer))
-        for at in placed
-        if at.keep_ratio < 1
-    )
-    return 2.0 * standing * shape.num_projected

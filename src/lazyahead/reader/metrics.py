@@ -33,7 +33,8 @@ def normalize(text: str) -> list[str]:
 
 def token_f1(prediction: str, answer: str) -> float:
     """F1 of the words two texts share."""
-    found, wanted = normalize(prediction), normalize(answer)
+    found = normalize(prediction)
+    wanted = normalize(answer)
     shared = sum((Counter(found) & Counter(wanted)).values())
     return 2 * shared / (len(found) + len(wanted)) if shared else float(found == wanted)
 
@@ -61,7 +62,7 @@ def exact_line(prediction: str, answer: str) -> float:
 
 
 def numbers_right(prediction: str, answer: str) -> float:
-    """Share of the prediction's numbers that are the answer's number (LongBench's retrieval score)."""
+    """Share of the prediction's numbers that are in the answer (LongBench's retrieval score)."""
     wanted = re.findall(r"\d+", answer)
     found = re.findall(r"\d+", prediction)
     return sum(number in wanted for number in found) / len(found) if found else 0.0

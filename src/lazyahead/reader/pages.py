@@ -1,6 +1,7 @@
-"""Pages: a document with every question that can be asked about it, one builder for each task.
+"""Pages: a document with all of its questions and answers, one builder for each task.
 
-Training packs all questions of a page behind its document; evaluation asks one. Lengths here are characters.
+Training packs all questions of a page after its document, evaluation uses one of them. Lengths are
+in characters.
 """
 
 from collections.abc import Callable
@@ -117,9 +118,11 @@ def few_shot(world: World, chars: int) -> Page:
 
 def synthetic(world: World, chars: int) -> Page:
     """Pass keys hidden in filler."""
-    sentences, exchanges = [], []
+    sentences = []
+    exchanges = []
     for _ in range(max(3, min(chars // 700, 40))):
-        name, key = world.name(), world.number(10000, 99999)
+        name = world.name()
+        key = world.number(10000, 99999)
         sentence = f"The pass key of {name} is {key}."
         sentences.append(sentence)
         exchanges.append((f"What is the pass key of {name}?", sentence))
@@ -135,7 +138,8 @@ def code(world: World, chars: int) -> Page:
         name = f"{world.name()}_{world.name()}".lower()
         parameters = ", ".join(world.rng.sample(ARGUMENTS, world.rng.randint(1, 3)))
         call = f"result = {name}({parameters}) * {world.number(2, 99)}"
-        signature = f"def {name}({parameters}):\n    # {world.filler()}\n    return {parameters.replace(', ', ' + ')}\n"
+        body = f"    # {world.filler()}\n    return {parameters.replace(', ', ' + ')}\n"
+        signature = f"def {name}({parameters}):\n{body}"
         use = f"    {call}\n    # {world.filler()}\n"
         parts += [signature, use]
         room -= len(signature) + len(use) + 2
@@ -155,7 +159,7 @@ BUILDERS: dict[str, Callable[[World, int], Page]] = {
 
 
 def several(world: World, chars: int) -> Page:
-    """Questions for five facts at once, answered by quoting their five sentences (the `rag` workload)."""
+    """Questions for five facts at once, answered by their five sentences (the `rag` workload)."""
     facts = _place_facts(world, chars)
     document = _passages(world, [fact.answer for fact in facts], chars)
     exchanges = []

@@ -1,34 +1,9 @@
-"""The one prompt format of the reader, as a function and as the tokenizer's chat template."""
+"""The prompt format of the reader. The chat template of its tokenizer renders the same text."""
 
 from collections.abc import Sequence
 
 EOS = "</s>"
 READ_FIRST = ("Please read the document first.", "I have read the document.")
-
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- set content = message['content'] | trim -%}
-{%- if message['role'] == 'system' -%}
-{{- 'Document: ' + content + '\n\n' -}}
-{%- elif message['role'] == 'user' -%}
-{%- if content.startswith('Document:') or content.startswith('Question:') -%}
-{{- content -}}
-{%- elif '\n\n' in content -%}
-{{- 'Document: ' + content.rsplit('\n\n', 1)[0] + '\n\nQuestion: ' + content.rsplit('\n\n', 1)[1] -}}
-{%- else -%}
-{{- 'Question: ' + content -}}
-{%- endif -%}
-{%- if not loop.last or add_generation_prompt -%}
-{{- '\nAnswer:' -}}
-{%- endif -%}
-{%- elif message['role'] == 'assistant' -%}
-{{- ' ' + content + eos_token -}}
-{%- if not loop.last -%}
-{{- '\n\n' -}}
-{%- endif -%}
-{%- endif -%}
-{%- endfor -%}
-"""
 
 
 def user_message(document: str, question: str) -> str:

@@ -27,17 +27,21 @@ MATERIALS = "granite oak copper marble brick glass steel clay bamboo slate".spli
 EMBLEMS = "eagle lion anchor crown wheel star rose whale falcon oak".split()
 HOBBIES = "chess sailing botany painting fencing pottery astronomy archery".split()
 ADJECTIVES = (
-    "quiet busy narrow ancient modern distant famous humble crowded gentle bright hidden windy solemn cheerful rustic"
+    "quiet busy narrow ancient modern distant famous humble crowded gentle bright hidden windy "
+    "solemn cheerful rustic"
 ).split()
 NOUNS = (
-    "street river valley crowd traveler merchant window garden lantern road hillside bakery orchestra storm market "
-    "festival engine painting letter carpenter"
+    "street river valley crowd traveler merchant window garden lantern road hillside bakery "
+    "orchestra storm market festival engine painting letter carpenter"
 ).split()
 TOPICS = (
     "violin pepper magnet glacier parrot cinema harvest compass blanket dolphin ladder volcano "
     "ribbon pyramid candle tractor spider jacket planet mirror"
 ).split()  # what few-shot texts are about; they occur nowhere else
-VERBS = "crosses follows remembers watches admires avoids repairs visits describes surrounds carries protects".split()
+VERBS = (
+    "crosses follows remembers watches admires avoids repairs visits describes surrounds carries "
+    "protects"
+).split()
 ADVERBS = (
     "slowly",
     "often",
@@ -160,11 +164,16 @@ class World:
 
     def filler(self) -> str:
         """A sentence that answers nothing; now and then it mentions a name."""
-        rng, kind = self.rng, self.rng.random()
+        rng = self.rng
+        kind = self.rng.random()
         if kind < 0.45:
-            return f"The {self._thing()} {rng.choice(VERBS)} the {self._thing()} {rng.choice(ADVERBS)}."
+            subject = self._thing()
+            verb = rng.choice(VERBS)
+            return f"The {subject} {verb} the {self._thing()} {rng.choice(ADVERBS)}."
         if kind < 0.7:
-            return f"A {rng.choice(NOUNS)} {rng.choice(VERBS)} every {rng.choice(NOUNS)} {rng.choice(ADVERBS)}."
+            noun = rng.choice(NOUNS)
+            verb = rng.choice(VERBS)
+            return f"A {noun} {verb} every {rng.choice(NOUNS)} {rng.choice(ADVERBS)}."
         if kind < 0.95:
             words = (
                 f"the {rng.choice(NOUNS)} and the {rng.choice(NOUNS)} are {rng.choice(ADJECTIVES)}"

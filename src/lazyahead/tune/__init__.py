@@ -1,1 +1,1 @@
-"""Finding the strongest pruning that leaves a model's answers to one's own prompts as they are."""
+"""Finding the strongest pruning under which a model's answers to given prompts stay the same."""

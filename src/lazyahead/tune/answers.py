@@ -1,9 +1,9 @@
-"""What a model answers after reading everything, and whether it says the same after reading less."""
+"""Answers after a full prefill, and whether a pruned prefill gives the same ones."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor
 from typing import NamedTuple
@@ -11,15 +11,12 @@ from typing import NamedTuple
 from lazyahead.config import LazyPrefill
 from lazyahead.errors import RequestError
 from lazyahead.llm import LLM
+from lazyahead.report import Report
 from lazyahead.sampling import Sampling
-
-Progress = Callable[[str, float], None]
-"""Hears what is going on, and the fraction of it that is done."""
 
 
 class Task(NamedTuple):
-    """One prompt: a text, maybe a question about it, and what to call it when something is wrong
-    with it."""
+    """One prompt: its name for error messages, a text, and a question if there is one."""
 
     name: str
     text: str
@@ -27,7 +24,7 @@ class Task(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Agreement:
+class AgreementCount:
     """How many answers are the same, of how many."""
 
     agreed: int
@@ -35,23 +32,22 @@ class Agreement:
 
 
 class Answers:
-    """What a model answers after reading everything, and whether it says the same after reading
-    less."""
+    """A model's answers after a full prefill, and whether a pruned one gives the same."""
 
     def __init__(
-        self, llm: LLM, tasks: Sequence[Task], max_new_tokens: int, progress: Progress
+        self, llm: LLM, tasks: Sequence[Task], max_new_tokens: int, progress: Report
     ) -> None:
-        """`llm` reads everything. Raises RequestError, ContextLengthError naming a task that cannot
+        """`llm` prunes nothing. Raises RequestError, ContextLengthError naming a task that cannot
         be answered."""
-        self._llm, self._lazy, self._tasks = llm, llm, tasks
+        self._llm = llm
+        self._lazy = llm
+        self._tasks = tasks
         self._sampling = Sampling(max_new_tokens=max_new_tokens)
         self._expected: list[tuple[int, ...]] = []
         self._known: dict[tuple[LazyPrefill, int], bool] = {}
         self._hardness: Counter[int] = Counter()
         for number, task in enumerate(tasks):
-            progress(
-                f"reading everything, prompt {number + 1} of {len(tasks)}", number / len(tasks)
-            )
+            progress(f"full prefill, prompt {number + 1} of {len(tasks)}", number / len(tasks))
             try:
                 pieces = llm.stream(task.text, task.question, sampling=self._sampling)
                 self._expected.append(tuple(token for piece in pieces for token in piece.token_ids))
@@ -69,7 +65,7 @@ class Answers:
 
     @property
     def num_tried(self) -> int:
-        """Ways of reading that were tried."""
+        """Strategies that were tried."""
         return len({rule for rule, _ in self._known})
 
     @property
@@ -100,12 +96,14 @@ class Answers:
                 return False
         return True
 
-    def agreement(self, rule: LazyPrefill, which: Sequence[int]) -> Agreement:
+    def agreement(self, rule: LazyPrefill, which: Sequence[int]) -> AgreementCount:
         """How many of these answers are the same."""
-        return Agreement(sum(self.same(rule, index) for index in which), len(which))
+        return AgreementCount(sum(self.same(rule, index) for index in which), len(which))
 
     def _compare(self, rule: LazyPrefill, index: int) -> bool:
-        task, expected, num_seen = self._tasks[index], self._expected[index], 0
+        task = self._tasks[index]
+        expected = self._expected[index]
+        num_seen = 0
         for piece in self._reader(rule).stream(task.text, task.question, sampling=self._sampling):
             if piece.token_ids != expected[num_seen : num_seen + len(piece.token_ids)]:
                 return False  # leaving the stream cancels the rest
@@ -114,12 +112,12 @@ class Answers:
 
     def _reader(self, rule: LazyPrefill) -> LLM:
         if self._lazy.prefill != rule:
-            self._lazy = reading_by(self._llm, rule)
+            self._lazy = under(self._llm, rule)
         return self._lazy
 
 
-def reading_by(llm: LLM, rule: LazyPrefill | None) -> LLM:
-    """The same weights, read by another rule, without drafts."""
+def under(llm: LLM, rule: LazyPrefill | None) -> LLM:
+    """An engine on the same weights under another prefill strategy, without drafts."""
     other = LLM(llm.model, tokenizer=llm.tokenizer, prefill=rule, decode=None)
     other.name = llm.name
     return other

@@ -1,8 +1,9 @@
-"""Which schedule to try next, and when to stop. Pure: knows no model."""
+"""Which schedule to try next, and when to stop: arithmetic, without a model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from math import inf
 from typing import NamedTuple
@@ -10,13 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lazyahead.prefill.schedule import (
-    LayerShape,
-    Schedule,
-    boundaries,
-    kept_by_layer,
-    prefill_flops,
-)
+from lazyahead.prefill.config import LazyPrefill
+from lazyahead.prefill.cost import ModelCost, ideal_speedup, kept_counts
+from lazyahead.prefill.schedule import Schedule
 
 RATIOS = (0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
 MOST_DEPTHS = 16
@@ -29,23 +26,30 @@ RETREAT = 0.1
 
 
 class Candidate(NamedTuple):
-    """A schedule, the prompt tokens it computes at each layer, and what that saves: full FLOPs over
-    its FLOPs."""
+    """A schedule, the prompt tokens it computes at each layer, and its ideal speed-up."""
 
     schedule: Schedule
     kept: tuple[int, ...]
     speedup: float
 
 
-def candidates(
-    attends_fully: Sequence[bool], num_tokens: int, num_protected: int, shape: LayerShape
-) -> list[Candidate]:
-    """Schedules of one cut and of two, at the layers where one can look and with `RATIOS`, that
-    keep different counts.
+def candidates(base: LazyPrefill, model: ModelCost, num_tokens: int) -> list[Candidate]:
+    """Schedules for `base` of one boundary and of two, with `RATIOS`, that keep different counts of
+    a prompt of `num_tokens` tokens.
 
-    `attends_fully[l]` says that layer l sees every earlier token. At least `num_protected` tokens
-    always go on.
+    Boundaries lie where the layer below attends to every earlier token, if any layer does.
     """
+    found: dict[tuple[int, ...], Candidate] = {}
+    for schedule in _schedules(model.attends_fully):
+        config = replace(base, schedule=schedule)
+        kept = kept_counts(config, model, num_tokens)
+        if kept not in found:
+            found[kept] = Candidate(schedule, kept, ideal_speedup(config, model, num_tokens))
+    return list(found.values())
+
+
+def _schedules(attends_fully: Sequence[bool]) -> list[Schedule]:
+    """All pairs of a depth and a ratio, and all two of them where ratios shrink with depth."""
     num_layers = len(attends_fully)
     layers = [
         layer
@@ -56,26 +60,23 @@ def candidates(
     depths = [round(layers[index * len(layers) // num] / num_layers, 4) for index in range(num)]
     once = [((depth, ratio),) for depth in depths for ratio in RATIOS]
     twice = [(a, b) for (a,), (b,) in combinations(once, 2) if b[0] > a[0] and b[1] < a[1]]
-    everything = prefill_flops([num_tokens] * num_layers, shape)
-    found: dict[tuple[int, ...], Candidate] = {}
-    for schedule in [*once, *twice]:
-        counts = kept_by_layer(boundaries(schedule, attends_fully), num_layers, num_tokens)
-        kept = tuple(min(num_tokens, max(count, num_protected)) for count in counts)
-        found.setdefault(kept, Candidate(schedule, kept, everything / prefill_flops(kept, shape)))
-    return list(found.values())
+    return [*once, *twice]
 
 
 class Search:
     """The strongest candidate that passes, in few trials.
 
-    Who keeps no more at any layer than one that fails is taken to fail, who keeps no less than one
-    that passes to pass. The next trial is the one whose outcome, whichever it is, settles most of
-    what is open.
+    A candidate that keeps no more tokens at any layer than one that fails is taken to fail; one
+    that keeps no fewer than one that passes is taken to pass. The next trial is the one whose less
+    informative outcome settles most candidates.
     """
 
     def __init__(self, found: Sequence[Candidate], gain: float = GAIN, least: float = 1.0) -> None:
-        """Looks for a speed-up above `least` and stops where no more than `gain` is left to win."""
-        self.found, self.gain, self.least, self.most = found, gain, least, inf
+        """Searches for a speed-up above `least`, until no open candidate is better by `gain`."""
+        self.found = found
+        self.gain = gain
+        self.least = least
+        self.most = inf
         self._speedups = np.array([candidate.speedup for candidate in found])
         kept = np.array([candidate.kept for candidate in found])
         self._stronger = np.ones(
@@ -83,10 +84,8 @@ class Search:
         )  # [a, b]: b keeps no more than a anywhere
         for counts in kept.T:
             self._stronger &= counts[None, :] <= counts[:, None]
-        self._fails, self._passes = (
-            np.zeros(len(found), dtype=bool),
-            np.zeros(len(found), dtype=bool),
-        )
+        self._fails = np.zeros(len(found), dtype=bool)
+        self._passes = np.zeros(len(found), dtype=bool)
 
     @property
     def open(self) -> NDArray[np.bool_]:
@@ -115,7 +114,7 @@ class Search:
         if_passes = (speedups[None, :] <= speedups[:, None] * (1 + self.gain)).sum(1)
         return int(left[np.lexsort((speedups, np.minimum(if_fails, if_passes)))[-1]])
 
-    def tell(self, index: int, passes: bool) -> None:
+    def record(self, index: int, passes: bool) -> None:
         """The outcome of a trial. A failure outweighs what was taken for granted before."""
         if passes:
             self._passes |= self._stronger[:, index] & ~self._fails
@@ -124,11 +123,9 @@ class Search:
             self._passes &= ~self._fails
 
     def retreat(self, index: int) -> None:
-        """This one does not hold: it fails, and what is nearly as fast is not looked at any more.
-
-        What judges at the end is to judge few, or it would be one more guide.
-        """
-        self.tell(index, False)
+        """Marks a candidate that fails on the prompts held out, and leaves out those nearly as
+        fast: prompts that judge many candidates would guide the search as well."""
+        self.record(index, False)
         self.most = float(self._speedups[index]) / (1 + RETREAT)
 
     def _between(self, least: float) -> NDArray[np.bool_]:
@@ -139,12 +136,12 @@ class Search:
 def strongest(
     search: Search, passes: Callable[[Candidate], bool], holds: Callable[[Candidate], bool]
 ) -> Candidate | None:
-    """The fastest that `passes`; with a margin, where it does not also `hold` in the end. None
-    where none does."""
+    """The fastest candidate that `passes` and `holds`, or None. After one that does not hold, the
+    search goes on with those slower by a margin."""
     while True:
         index = search.next()
         if index is not None:
-            search.tell(index, passes(search.found[index]))
+            search.record(index, passes(search.found[index]))
         elif search.best is None or holds(search.found[search.best]):
             return None if search.best is None else search.found[search.best]
         else:

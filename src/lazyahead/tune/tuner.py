@@ -1,8 +1,7 @@
-"""The strongest pruning whose greedy answers are those of the full prefill, on prompts of one's
-own.
+"""The strongest pruning whose greedy answers are those of the full prefill, on given prompts.
 
-Nobody has to know the right answers: what the model says after reading everything is what it has to
-say after reading less. Half of the prompts guide the search, the other half judges what it found.
+No right answers are needed: those of the full prefill are the ones to keep. Half of the prompts
+guide the search, the other half checks what it found.
 """
 
 from __future__ import annotations
@@ -13,13 +12,15 @@ from statistics import median
 from typing import NamedTuple
 
 from lazyahead.config import LazyPrefill
-from lazyahead.errors import ConfigError, RequestError
+from lazyahead.errors import ConfigError, RequestError, UnsupportedModelError
 from lazyahead.hf.probe import examine
 from lazyahead.llm import LLM
+from lazyahead.prefill.cost import ModelCost
 from lazyahead.prefill.schedule import Schedule
-from lazyahead.prefill.score import SCORERS, AheadRange, LastToken, Scorer, Window
+from lazyahead.prefill.score import SCORERS, LastToken, Scorer
+from lazyahead.report import Report, silent
 from lazyahead.sampling import Sampling
-from lazyahead.tune.answers import Agreement, Answers, Progress, Task, reading_by
+from lazyahead.tune.answers import AgreementCount, Answers, Task, under
 from lazyahead.tune.search import Candidate, Search, candidates, strongest
 
 ENOUGH_TO_HOLD_OUT = 8
@@ -38,31 +39,30 @@ class Clock(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """The strongest way of reading that is safe. Speed-ups are over reading everything with the
-    same engine."""
+    """The strongest strategy that keeps the answers. Speed-ups are over our own full prefill."""
 
     prefill: LazyPrefill
-    search: Agreement
+    search: AgreementCount
     """Of the prompts that guided the search."""
-    held_out: Agreement | None
+    held_out: AgreementCount | None
     """Of those that did not; None where there are too few to hold any out."""
     ideal_speedup: float
-    """By FLOPs of the rows that are kept, at the median length."""
+    """By FLOPs, at the median length."""
     clock: Clock
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What came of a search."""
+    """The result of a search."""
 
     found: Found | None
     """None: nothing is safe."""
     num_tried: int
-    """Ways of reading."""
+    """Strategies."""
     num_answered: int
     """Answers that were compared."""
     num_rejected: int
-    """Ways that passed the search and failed on the prompts held out."""
+    """Strategies that passed the search and failed on the prompts held out."""
     num_prompts: int
     """Prompts long enough to be pruned."""
     prompt_tokens: int
@@ -81,7 +81,7 @@ def tune(
     max_new_tokens: int = 64,
     agree: float = 1.0,
     runs: int = 3,
-    progress: Progress = lambda text, done: None,
+    progress: Report = silent,
 ) -> Tuned:
     """Searches schedules for `base`, whose other settings stay, with its scorer and with others.
 
@@ -91,7 +91,8 @@ def tune(
     """
     if not 0 < agree <= 1:
         raise ConfigError(
-            f"agree is the least fraction of answers that must stay, above 0 and at most 1, got {agree}"
+            f"agree is the least fraction of answers that must stay, above 0 and at most 1, "
+            f"got {agree}"
         )
     lengths = [len(llm.encode(task.text, task.question).token_ids) for task in tasks]
     fitting = [
@@ -99,11 +100,12 @@ def tune(
     ]
     if not fitting:
         raise RequestError(
-            f"all {len(tasks)} prompts are shorter than min_tokens {base.min_tokens} and would be read whole (the "
-            f"longest has {max(lengths, default=0)}); give longer ones, or a lower min_tokens"
+            f"all {len(tasks)} prompts are shorter than min_tokens {base.min_tokens} and would not "
+            f"be pruned (the longest has {max(lengths, default=0)}); give longer ones, or a lower "
+            "min_tokens"
         )
     length = int(median(length for length in lengths if length >= base.min_tokens))
-    answers = Answers(reading_by(llm, None), fitting, max_new_tokens, progress)
+    answers = Answers(under(llm, None), fitting, max_new_tokens, progress)
     tuning = _Tuning(llm, answers, base, agree, length, progress)
     for scorer in scorers(base.scorer):
         tuning.improve(scorer)
@@ -124,17 +126,15 @@ def tune(
 
 
 def scorers(first: Scorer) -> list[Scorer]:
-    """`first`, the same looking far from the first cut on (so that no layer looks only near), the
-    paper's, and the other kinds that look at attention, as they are by default."""
-    far = [replace(first, score_from_depth=0.0)] if isinstance(first, Window) else []
+    """`first`, the paper's, and the default of each other kind that reads attention."""
     kinds = [kind() for kind in SCORERS.values()]
     return list(
-        dict.fromkeys(scorer for scorer in (first, *far, LastToken(), *kinds) if scorer.window_size)
+        dict.fromkeys(scorer for scorer in (first, LastToken(), *kinds) if scorer.window_size)
     )
 
 
 class _Tuning:
-    """The best rule so far, and how it can be bettered."""
+    """The best rule so far, and the search for better ones."""
 
     def __init__(
         self,
@@ -143,28 +143,28 @@ class _Tuning:
         base: LazyPrefill,
         agree: float,
         length: int,
-        progress: Progress,
+        progress: Report,
     ) -> None:
-        self._answers, self._base, self._agree, self._progress = answers, base, agree, progress
-        _, spec = examine(llm.model)
-        assert spec is not None  # or `llm` had refused to read lazily
-        num_protected = base.protect_first + base.protect_last
-        self._candidates = candidates(spec.attends_fully, length, num_protected, spec.layer_shape)
+        self._answers = answers
+        self._base = base
+        self._agree = agree
+        self._progress = progress
+        support, spec = examine(llm.model)
+        if spec is None:
+            raise UnsupportedModelError(f"{llm.name} can only decode: {support.reason}")
+        self._model = ModelCost.of(spec)
+        self._length = length
         every = range(answers.num_tasks)
         holds_out = len(every) >= ENOUGH_TO_HOLD_OUT
         self._guides: Sequence[int] = every[::2] if holds_out else every
         self._judges: Sequence[int] = every[1::2] if holds_out else ()
-        self._best: dict[AheadRange, tuple[LazyPrefill, float]] = {}
-        """Rule and speed-up by FLOPs, for each pair of depths to which scorers run ahead and from
-        which they look far: these FLOPs count neither what the one costs nor what the other
-        saves."""
+        self._best: tuple[LazyPrefill, float] | None = None
+        """The strongest rule so far and its ideal speed-up."""
         self.num_rejected = 0
 
     def improve(self, scorer: Scorer) -> None:
-        """Takes this scorer's strongest schedule if it is stronger than those of the scorers like
-        it."""
-        kind = AheadRange.of(scorer)
-        least = self._best[kind][1] if kind in self._best else 1.0
+        """Keeps this scorer's strongest schedule if it is stronger than those before it."""
+        least = self._best[1] if self._best is not None else 1.0
 
         def rule(candidate: Candidate) -> LazyPrefill:
             return replace(self._base, schedule=candidate.schedule, scorer=scorer)
@@ -182,21 +182,20 @@ class _Tuning:
             self.num_rejected += not is_good
             return is_good
 
-        search = Search(self._candidates, least=least)
+        base = replace(self._base, scorer=scorer)
+        search = Search(candidates(base, self._model, self._length), least=least)
         best = strongest(search, passes, holds)
         if best is not None:
-            self._best[kind] = rule(best), best.speedup
+            self._best = rule(best), best.speedup
 
     def found(self, timed: Callable[[LazyPrefill], Clock]) -> Found | None:
-        """The best rule, with all that is known of it. Between scorers that are not alike the clock
-        decides."""
-        all_found = [
-            Found(rule, *self._agreement(rule), speedup, timed(rule))
-            for rule, speedup in self._best.values()
-        ]
-        return max(all_found, key=lambda found: found.clock.speedup, default=None)
+        """The best rule and its measurements."""
+        if self._best is None:
+            return None
+        rule, speedup = self._best
+        return Found(rule, *self._agreement(rule), speedup, timed(rule))
 
-    def _agreement(self, rule: LazyPrefill) -> tuple[Agreement, Agreement | None]:
+    def _agreement(self, rule: LazyPrefill) -> tuple[AgreementCount, AgreementCount | None]:
         guides, judges = (
             self._answers.agreement(rule, which) for which in (self._guides, self._judges)
         )
@@ -204,17 +203,16 @@ class _Tuning:
 
 
 def words(schedule: Schedule) -> str:
-    """A schedule as a person says it."""
+    """A schedule in words."""
     return ", then ".join(
         f"{ratio:.0%} from {depth:.0%} of the layers on" for depth, ratio in schedule
     )
 
 
-def _time(
-    llm: LLM, rule: LazyPrefill, tasks: Sequence[Task], runs: int, progress: Progress
-) -> Clock:
+def _time(llm: LLM, rule: LazyPrefill, tasks: Sequence[Task], runs: int, progress: Report) -> Clock:
     """Both sides on each task, one after the other, the order alternating."""
-    sampling, sides = Sampling(max_new_tokens=1), [reading_by(llm, None), reading_by(llm, rule)]
+    sampling = Sampling(max_new_tokens=1)
+    sides = [under(llm, None), under(llm, rule)]
     shots: list[tuple[float, float]] = []
     for run in range(runs):
         for number, task in enumerate(tasks):

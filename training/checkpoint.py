@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """How far a run has come. Batches follow from `step`, so no generator state is needed."""
 
     step: int = 0
@@ -21,7 +21,10 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
+    folder: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: TrainingProgress,
 ) -> None:
     """Writes a new folder and then points `latest.json` at it; an interruption leaves the previous
     one valid."""
@@ -41,11 +44,11 @@ def save_checkpoint(
 
 def load_checkpoint(
     folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> Progress:
-    """Restores model and optimizer in place; returns a fresh Progress where nothing was saved."""
+) -> TrainingProgress:
+    """Restores model and optimizer in place; returns step 0 where there is none."""
     pointer = folder / "latest.json"
     if not pointer.exists():
-        return Progress()
+        return TrainingProgress()
     latest = json.loads(pointer.read_text())
     weights = load_file(folder / latest["checkpoint"] / "model.safetensors")
     states = load_file(folder / latest["checkpoint"] / "optimizer.safetensors")
@@ -56,7 +59,7 @@ def load_checkpoint(
             optimizer.state[parameter] = {
                 key.rpartition("/")[2]: _placed(states[key], parameter) for key in keys
             }
-    return Progress(**latest["progress"])
+    return TrainingProgress(**latest["progress"])
 
 
 def _optimizer_tensors(

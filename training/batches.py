@@ -9,14 +9,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lazyahead.reader.pages import Page
-from lazyahead.reader.plans import Stage
 from lazyahead.reader.prompt import READ_FIRST
 from lazyahead.reader.tasks import CHARS_PER_TOKEN, build_page
 from lazyahead.reader.world import World
+from training.plans import Stage
 
 MAX_POSITION = 16384
-ANSWER_WEIGHT, REPEAT_WEIGHT, CONTEXT_WEIGHT, CONTEXT_SHARE = 1.0, 0.5, 0.1, 0.25
-READ_FIRST_SHARE = 0.25  # pages whose questions come only after one that asks nothing
+ANSWER_WEIGHT = 1.0
+REPEAT_WEIGHT = 0.5
+CONTEXT_WEIGHT = 0.1
+CONTEXT_SHARE = 0.25
+READ_FIRST_SHARE = 0.25  # pages with a neutral exchange before their questions
 # How often each task is drawn.
 TASK_WEIGHTS = {
     "single_doc_qa": 3.0,
@@ -27,8 +30,8 @@ TASK_WEIGHTS = {
     "code": 1.5,
     "rag": 1.5,
 }
-# A label is two or three tokens where other answers are fifteen and more: without emphasis it is
-# hardly heard.
+# A label is two or three tokens where other answers are fifteen and more: without emphasis it has
+# little weight in the loss.
 EMPHASIS = {"few_shot": 4.0}
 ONCE = {"summarization", "few_shot"}  # two of these in one sequence would contradict each other
 
@@ -46,7 +49,8 @@ def make_batch(stage: Stage, step: int, tokenizer: PreTrainedTokenizerBase, seed
     """The batch of one global step; another seed draws other pages, for weights that have seen
     these."""
     rng = random.Random(f"train {seed} {step}")
-    texts, positions = [], []
+    texts = []
+    positions = []
     for _ in range(stage.batch):
         if rng.random() < stage.repeats:
             texts.append(_repeated_spans(rng, stage.length + 1, len(tokenizer)))

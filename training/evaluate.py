@@ -1,7 +1,7 @@
 """Scores of a reader by category and length: full prefill, greedy answers, names never seen in
 training.
 
-python -m lazyahead.reader.evaluate --help
+python -m training.evaluate --help
 """
 
 import argparse
@@ -76,9 +76,7 @@ def evaluate(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lazyahead.reader.evaluate", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="training.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=reader_path())
     parser.add_argument(
         "--lengths", default="4096", help="comma-separated prompt lengths in tokens"

@@ -7,12 +7,43 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lazyahead.reader.prompt import CHAT_TEMPLATE, EOS, format_prompt
+from lazyahead.reader.prompt import EOS, format_prompt
 from lazyahead.reader.tasks import CATEGORIES, build_page
 from lazyahead.reader.world import World
 
 VOCAB_SIZE = 2048
-UNUSED, END, PAD = "<s>", EOS, "<pad>"  # ids 0, 1, 2
+# Token ids 0, 1, 2.
+UNUSED = "<s>"
+END = EOS
+PAD = "<pad>"
+
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- set content = message['content'] | trim -%}
+{%- if message['role'] == 'system' -%}
+{{- 'Document: ' + content + '\n\n' -}}
+{%- elif message['role'] == 'user' -%}
+{%- if content.startswith('Document:') or content.startswith('Question:') -%}
+{{- content -}}
+{%- elif '\n\n' in content -%}
+{%- set parts = content.rsplit('\n\n', 1) -%}
+{{- 'Document: ' + parts[0] + '\n\nQuestion: ' + parts[1] -}}
+{%- else -%}
+{{- 'Question: ' + content -}}
+{%- endif -%}
+{%- if not loop.last or add_generation_prompt -%}
+{{- '\nAnswer:' -}}
+{%- endif -%}
+{%- elif message['role'] == 'assistant' -%}
+{{- ' ' + content + eos_token -}}
+{%- if not loop.last -%}
+{{- '\n\n' -}}
+{%- endif -%}
+{%- endif -%}
+{%- endfor -%}
+"""
+"""Renders what `format_prompt` writes."""
 
 
 def _texts(count: int) -> Iterator[str]:

@@ -1,13 +1,13 @@
 """The reader's initial weights: a standard architecture with a copying circuit placed in its middle
 layers.
 
-From random weights a model of this size needs far more text than a CPU can read before it learns to
-look things up. So a few weights start as a circuit that already does; they are ordinary weights and
-are trained on like all others.
+From random weights a model of this size needs far more text than a CPU can process before it learns
+retrieval. So a few weights start as a circuit that already retrieves; they are ordinary weights and
+are trained like all others.
 
 - Layer 1 gathers. By position alone (biases of q and k under rotary positions) its four heads
   attend to the previous token, to the one before it, and to windows of the last 8 and 20 tokens,
-  and write short codes of what they see into subspaces of their own: x = token + previous + one
+  and add short codes of those tokens in subspaces of their own: x = token + previous + one
   before + window. Frequent tokens count little in a window.
 - Layers 4 to 6 match. They have no rotary positions, so distance does not matter. A query made of
   the last tokens and their window finds places whose *preceding* tokens and window are the same,
@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention
 
-from lazyahead.reader.vocabulary import Vocabulary
+from training.vocabulary import Vocabulary
 
 GATHER_LAYER = 1
 NO_ROPE_LAYERS = (4, 5, 6, 9)
@@ -35,12 +35,15 @@ CODE = 32  # dimensions of a token's code
 KERNELS = ((0.0, 1.0), (0.0, 0.0, 1.0), (1.0,) * 8, (1.0,) * 20)
 NEAR = (0.0, *(math.exp(-distance / 40) for distance in range(150)))  # the same for nearby matches
 KEY_STRENGTH = 4.0
-# What the heads look for: weights of the token, the previous one and the window. All ask for the
-# token: a window alone matches best with itself.
+# Weights of the token, the previous one and the window in each query. All include the token, since
+# a window alone matches best with itself.
 QUERIES = ((2.0, 1.4, 0.4), (2.0, 1.0, 0.5), (2.0, 0.8, 0.6), (2.0, 0.4, 0.8))
 KEYS = ((1.0, 1.0, 0.5), (1.2, 0.8, 0.7))
 SHARED = 0.6  # how much tokens have in common that differ only in case or a leading space
-CODE_SHARE, TOPIC_SHARE, OUTPUT_SHARE = 0.5, 0.5, 0.7  # lengths of a token's parts
+# Lengths of the parts of a token's vector.
+CODE_SHARE = 0.5
+TOPIC_SHARE = 0.5
+OUTPUT_SHARE = 0.7
 GATHERED = (
     0.13,
     0.1,
@@ -138,7 +141,7 @@ def build_model(size: Size, vocabulary: Vocabulary, seed: int = 0) -> SmolLM3For
         vectors = _token_vectors(vocabulary, frames, generator)
         model.model.embed_tokens.weight.copy_(TOKEN_NORM * vectors)
         model.model.norm.weight.fill_(2.0)
-        for layer in model.model.layers:  # everything that is not the circuit starts almost silent
+        for layer in model.model.layers:  # all but the circuit starts with small outputs
             layer.self_attn.o_proj.weight.mul_(0.1)
             layer.mlp.down_proj.weight.mul_(0.1)
         _place_gather(model, size, frames)
@@ -196,7 +199,8 @@ def _fit_kernel(kernel: tuple[float, ...], inv_freq: Tensor, head_dim: int) -> T
 
 
 def _place_gather(model: SmolLM3ForCausalLM, size: Size, frames: Frames) -> None:
-    attention, dim = model.model.layers[GATHER_LAYER].self_attn, size.head_dim
+    attention = model.model.layers[GATHER_LAYER].self_attn
+    dim = size.head_dim
     key = torch.cat([torch.full((dim // 2,), KEY_STRENGTH), torch.zeros(dim // 2)])
     inv_freq = model.model.rotary_emb.inv_freq
     attention.q_proj.bias.copy_(
@@ -217,16 +221,18 @@ def _place_gather(model: SmolLM3ForCausalLM, size: Size, frames: Frames) -> None
 
 
 def _near_dims(size: Size) -> list[int]:
-    """The dimensions of a head that turn fast enough to tell nearby from far: the faster two
+    """The dimensions of a head whose rotary frequencies distinguish near from far: the faster two
     fifths."""
     half = size.head_dim // 2
     return [start + index for start in (0, half) for index in range(2 * half // 5)]
 
 
 def _place_nearness(model: SmolLM3ForCausalLM, layer: int, size: Size) -> None:
-    attention, dims = model.model.layers[layer].self_attn, _near_dims(size)
+    attention = model.model.layers[layer].self_attn
+    dims = _near_dims(size)
     inv_freq = model.model.rotary_emb.inv_freq[: len(dims) // 2]
-    query, key = torch.zeros(size.head_dim), torch.zeros(size.head_dim)
+    query = torch.zeros(size.head_dim)
+    key = torch.zeros(size.head_dim)
     query[dims] = _fit_kernel(NEAR, inv_freq, size.head_dim)
     key[dims[: len(dims) // 2]] = KEY_STRENGTH
     attention.q_proj.bias.copy_(query.repeat(size.num_heads))

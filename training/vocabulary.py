@@ -1,5 +1,4 @@
-"""What the reader's first weights know of its tokens: how frequent they are, and which are the same
-word."""
+"""Statistics of the tokens for the first weights: frequencies, and which tokens are one word."""
 
 import random
 from dataclasses import dataclass

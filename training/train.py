@@ -1,7 +1,7 @@
 """Trains the reader from nothing, on two CPU cores or one GPU, and goes on where an interrupted run
 stopped.
 
-python -m lazyahead.reader.train --help
+scripts/train_reader --help
 """
 
 import argparse
@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, SmolLM3ForCausalLM
 
-from lazyahead.reader.batches import ANSWER_WEIGHT, Batch, make_batch
-from lazyahead.reader.checkpoint import Progress, load_checkpoint, save_checkpoint
-from lazyahead.reader.circuit import SIZES, Size, build_model
-from lazyahead.reader.plans import Stage, load_plan
-from lazyahead.reader.tokenizer import build_tokenizer
-from lazyahead.reader.vocabulary import study
+from training.batches import ANSWER_WEIGHT, Batch, make_batch
+from training.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
+from training.circuit import SIZES, Size, build_model
+from training.plans import Stage, load_plan
+from training.tokenizer import build_tokenizer
+from training.vocabulary import study
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """What a run is made of; the same run gives the same weights on the same machine."""
 
     folder: Path
@@ -85,7 +85,8 @@ def losses(model: SmolLM3ForCausalLM, batch: Batch, device: str) -> tuple[Tensor
         ).last_hidden_state  # (B, S, D)
         wanted = weights[:, 1:] > 0
         logits = model.lm_head(hidden[wanted]).float()  # (W, V)
-    target, weight = ids[:, 1:][wanted], weights[:, 1:][wanted]
+    target = ids[:, 1:][wanted]
+    weight = weights[:, 1:][wanted]
     each = F.cross_entropy(logits, target, reduction="none")
     with torch.no_grad():
         answers = weight >= ANSWER_WEIGHT
@@ -94,14 +95,15 @@ def losses(model: SmolLM3ForCausalLM, batch: Batch, device: str) -> tuple[Tensor
     return (each * weight).sum() / weight.sum(), answer_loss, right
 
 
-def train(run: Run, until: int | None = None) -> Progress:
+def train(run: TrainingRun, until: int | None = None) -> TrainingProgress:
     """Runs, or goes on with, a training run up to step `until` (default: its end) and writes the
     weights.
 
     The folder gets `checkpoint/`, `curve.jsonl` and `weights/` (bf16, loadable by
     AutoModelForCausalLM).
     """
-    weights_folder, checkpoint = run.folder / "weights", run.folder / "checkpoint"
+    weights_folder = run.folder / "weights"
+    checkpoint = run.folder / "checkpoint"
     tokenizer = _tokenizer(run, weights_folder)
     model = _first_model(run, tokenizer).to(run.device)
     optimizer = make_optimizer(model)
@@ -129,7 +131,7 @@ def train(run: Run, until: int | None = None) -> Progress:
     return progress
 
 
-def _tokenizer(run: Run, folder: Path) -> PreTrainedTokenizerBase:
+def _tokenizer(run: TrainingRun, folder: Path) -> PreTrainedTokenizerBase:
     if not (folder / "tokenizer.json").exists():
         if run.start:
             AutoTokenizer.from_pretrained(run.start).save_pretrained(folder)
@@ -138,17 +140,17 @@ def _tokenizer(run: Run, folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def _first_model(run: Run, tokenizer: PreTrainedTokenizerBase) -> SmolLM3ForCausalLM:
+def _first_model(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> SmolLM3ForCausalLM:
     if run.start:
         return SmolLM3ForCausalLM.from_pretrained(run.start, dtype=torch.float32)
     return build_model(run.size, study(tokenizer), run.seed)
 
 
 def _step(
-    run: Run,
+    run: TrainingRun,
     model: SmolLM3ForCausalLM,
     optimizer: torch.optim.Optimizer,
-    progress: Progress,
+    progress: TrainingProgress,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, float]:
     """One optimizer step; advances `progress` and returns what the curve records."""
@@ -268,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     torch.set_num_threads(options.threads)
-    run = Run(
+    run = TrainingRun(
         folder=options.out,
         size=SIZES[options.size],
         stages=stages,
