@@ -30,18 +30,19 @@ from lazyahead.tune.search import candidates
 NUM_TOKENS = 600
 LAYER_TYPES = ["full_attention", "sliding_attention"] * 3
 PLAIN = LazyPrefill(
-    ((0.34, 0.5), (0.67, 0.2)), Window(window_size=8), local_window=0, protect_last=8, min_tokens=0
+    ((0.34, 0.5), (0.67, 0.2)),
+    Window(window_size=8),
+    keep_mass=1.0,
+    local_window=0,
+    protect_last=8,
+    min_tokens=0,
 )
 CONFIGS = {
     "full": None,
     "two boundaries": PLAIN,
     "the paper's": replace(PLAIN, scorer=LastToken()),
     "local window": replace(
-        PLAIN, local_window=64, scorer=Window(8, score_to_depth=0.5, score_from_depth=0.5)
-    ),
-    "running ahead": replace(PLAIN, scorer=Window(8, score_to_depth=0.9)),
-    "running ahead from halfway on": replace(
-        PLAIN, scorer=Window(8, score_to_depth=0.9, score_from_depth=0.5)
+        PLAIN, schedule=((0.67, 0.5),), local_window=64, local_from=0.34, local_full_rows=20
     ),
     "dropped before the first layer": LazyPrefill.random_drop(),
     "shorter than min_tokens": replace(PLAIN, min_tokens=NUM_TOKENS + 1),

@@ -12,7 +12,6 @@ from torch import Tensor
 from lazyahead.cache.kv import LayerKV
 from lazyahead.hf.attention import (
     AttentionParams,
-    ExtraKeys,
     LocalWindow,
     QueryRows,
     attend,
@@ -196,21 +195,3 @@ def test_rows_that_look_near_see_what_is_near_and_the_first_few_and_the_last_row
     kv, places = filled(list(range(1200)), 2), torch.arange(start, 1200)
     rows, query = QueryRows(places, 1199, local=near), torch.randn(1, 4, len(places), SIZE)
     torch.testing.assert_close(attend(query, kv, rows, heads), reference(query, kv, rows, heads)[0])
-
-
-def test_keys_that_are_not_there_take_nothing_from_those_that_are() -> None:
-    torch.manual_seed(0)
-    kv, more, query = (
-        filled([0, 1, 2, 9], 2),
-        torch.randn(1, 2, 3, SIZE),
-        torch.randn(1, 4, 1, SIZE),
-    )
-    rows, heads = QueryRows(torch.tensor([9]), 9), AttentionParams(0.3)
-    some = attention_weights(
-        query, kv, rows, heads, ExtraKeys(more, torch.tensor([True, False, True]))
-    )
-    without = attention_weights(
-        query, kv, rows, heads, ExtraKeys(more[:, :, ::2], torch.tensor([True, True]))
-    )
-    torch.testing.assert_close(some[:, :, [0, 1, 2, 3, 4, 6]], without)
-    assert not some[:, :, 5].any()

@@ -206,21 +206,6 @@ def test_a_model_that_never_looks_back_is_pruned_as_hard_as_can_be():
     assert tuned.num_rejected == 0
 
 
-def test_between_scorers_that_run_ahead_and_those_that_do_not_the_clock_decides(monkeypatch):
-    base = replace(BASE, scorer=Window(window_size=4, score_to_depth=0.6))
-    for faster in (0.6, 0.0):
-
-        def clock(llm, rule, *_, faster=faster):
-            return tuner.Clock(
-                1.0, 0.5, 2.0 if getattr(rule.scorer, "score_to_depth", 0.0) == faster else 1.5
-            )
-
-        monkeypatch.setattr(tuner, "_time", clock)
-        found = tune(forgetful(), tasks(3), base=base, max_new_tokens=2, runs=1).found
-        assert found is not None
-        assert getattr(found.prefill.scorer, "score_to_depth", 0.0) == faster
-
-
 def test_what_is_found_agrees_and_keeps_what_it_was_not_asked_to_change(llm):
     tuned = tune(llm, tasks(3), base=BASE, max_new_tokens=2, agree=0.3, runs=1)
     assert tuned.found is not None

@@ -20,7 +20,7 @@ from lazyahead.prefill.score import (
 )
 
 Revival = Literal["demand", "percentile", "never"]
-_OLD_FIELDS = ("near", "doubt_below", "recall_threshold")
+_OLD_FIELDS = ("near", "doubt_below")
 """Fields that only profiles of version 0.1 have."""
 _COUNTS = (
     "revive_limit",
@@ -45,7 +45,8 @@ class LazyPrefill:
     scorer: Scorer = field(default_factory=LastToken)
     """Which tokens matter. The paper's is `LastToken()`."""
     keep_mass: float = 0.9
-    """Of the tokens that may go on, only as many as hold this share of the scores, best first."""
+    """Of the tokens that may go on, only as many as hold this share of the scores, best first. A
+    keep ratio of 1 keeps everything."""
     revive: Revival = "demand"
     """`demand`: a stashed token is revived when a row's attention to it exceeds the threshold.
     `percentile`: the paper's rule, the best `keep_ratio` of the prompt are selected anew at every

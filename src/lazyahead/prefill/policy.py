@@ -46,6 +46,7 @@ class PrefillPolicy(BoundaryPolicy):
         self.is_placeholder = progress.stage is not None
         """Whether the one row in flight only stands for the rows that are stashed at `stage`."""
         self.boundary_layers = session.boundaries.keys()
+        self.head_reduction = getattr(config.scorer, "head_reduction", "mean")
         if has_last or self.is_placeholder:
             num_queries = config.scorer.window_size
             self.score_queries = {layer - 1: num_queries for layer in session.boundaries}
@@ -96,7 +97,7 @@ class PrefillPolicy(BoundaryPolicy):
         pool = (below.positions >= ranked_from) & (below.positions < progress.end)
         count = boundary.keep_count(progress.end - ranked_from)
         protected = self._protected(below.positions)
-        if config.keep_mass < 1:
+        if config.keep_mass < 1 and boundary.keep_ratio < 1:
             count = min(count, count_for_mass(scores, pool, protected, config.keep_mass))
         chosen = best(scores, pool, protected, count)
         if config.revive == "demand" and ranked_from > 0:  # a later turn

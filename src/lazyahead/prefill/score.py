@@ -24,8 +24,11 @@ class Scorer(Protocol):
         """Last rows of the prompt whose attention is scored; 0 for a scorer that reads none."""
 
     def __call__(self, attention: Tensor, positions: Tensor) -> Tensor:
-        """Attention (Q, N) of the last Q rows, mean over heads, and the N tokens' positions, to
-        scores (N,)."""
+        """Attention (Q, N) of the last Q rows and the N tokens' positions, to scores (N,).
+
+        Heads are reduced to their mean, or to their maximum where the scorer has an attribute
+        `head_reduction` that says `max`.
+        """
 
 
 def scorer_name(scorer: Scorer) -> str:
