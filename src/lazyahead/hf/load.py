@@ -13,10 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from lazyahead.errors import (
     ConfigError,
+    ModelError,
     ModelNotFoundError,
     OutOfMemoryError,
     UnsupportedModelError,
 )
+from lazyahead.hf.folder import check_files, check_keys
 
 T = TypeVar("T")
 NETWORK_TIMEOUT_S = 5.0
@@ -31,12 +33,16 @@ VOCABULARIES = (
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, Any]:
+def load(
+    name: str, dtype: str | torch.dtype = "auto", device: str = "auto"
+) -> tuple[PreTrainedModel, Any]:
     """Model (in eval mode) and tokenizer.
 
     Raises ConfigError for an unknown dtype or device, ModelNotFoundError when there is nothing to
-    load, UnsupportedModelError when transformers does not know the architecture.
+    load, UnsupportedModelError when transformers does not know the architecture, ModelError when
+    files are damaged or weights are missing.
     """
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     target = _device(device)
@@ -51,8 +57,23 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrain
     except OSError as error:
         reason = _first_line(error)
         raise ModelNotFoundError(f"cannot load model {name!r}: {reason}") from None
-    except (ValueError, KeyError, ImportError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a damaged file leads transformers to
         raise UnsupportedModelError(f"cannot load model {name!r}: {_first_line(error)}") from None
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a folder or hub name alone. Raises ModelError when it cannot be loaded."""
+    try:
+        return _nearest(
+            name,
+            lambda **where: AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where),
+        )
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"cannot load tokenizer {name!r}: {_first_line(error)}") from None
 
 
 def _nearest(name: str, get: Callable[..., T]) -> T:
@@ -101,18 +122,23 @@ def _weights(name: str, dtype: str, attention: str, **where: bool) -> PreTrained
     """The model with `attention`, or eager where the family refuses it; never what its config asks
     for, which may be code from elsewhere."""
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             attn_implementation=attention,
+            ignore_mismatched_sizes=True,  # so that all of them can be named
+            output_loading_info=True,
             **where,
         )
     except ValueError as error:
         if attention == "eager" or "scaled_dot_product_attention" not in str(error):
             raise
         return _weights(name, dtype, "eager", **where)
+    check_keys(name, info)
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def max_context(model: PreTrainedModel) -> int:
@@ -164,6 +190,7 @@ def _check_folder(name: str) -> None:
         raise ModelNotFoundError(
             f"{name!r} holds no *.safetensors; other formats can run code when loaded, convert it with save_pretrained"
         )
+    check_files(folder)
 
 
 def model_config(name: str) -> Any:
@@ -175,10 +202,15 @@ def model_config(name: str) -> Any:
         )
     except OSError as error:
         raise ModelNotFoundError(f"cannot load model {name!r}: {_first_line(error)}") from None
-    except (ValueError, KeyError) as error:
+    except ModelError:
+        raise
+    except Exception as error:
         raise UnsupportedModelError(f"cannot load model {name!r}: {_first_line(error)}") from None
 
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return said[:300]
