@@ -21,7 +21,7 @@ from lazyahead.hf.probe import probe
 from lazyahead.hf.processors import picker_for
 from lazyahead.reader import reader_path
 from lazyahead.results import Completion, Piece, Reach
-from lazyahead.sampling import Sampling
+from lazyahead.sampling import Picker, Sampling
 from lazyahead.text import Detokenizer, Message, Prompt, StopStrings, encode_prompt, encode_turn
 
 Text = str | list[int]
@@ -66,6 +66,7 @@ class LLM:
         self.max_context = max_context(self.model)
         self.eos_ids = eos_ids(self.model, self.tokenizer)
         self._lock = threading.RLock()
+        self._sample: Session | None = None
 
     def encode(self, prompt: str, question: str | None = None) -> Prompt:
         """Text to tokens through the chat template. Raises RequestError when there is no text."""
@@ -87,7 +88,17 @@ class LLM:
     def load_session(self, path: str | Path) -> Session:
         """Reads a session back. Raises SessionFileError for a damaged file or one of another model
         or config."""
-        return load_session(path, self.model, self.prefill, self.engine.new_session())
+        return load_session(path, self.model, self.prefill, self.engine.new_session(), self._like)
+
+    def _like(self) -> Session:
+        """A session of two tokens, read as any other, for what its states look like."""
+        if self._sample is None:
+            session = self.session()
+            request = Request([0, 0], Picker(), session=session, max_new_tokens=1, min_tokens=0)
+            with self._lock:
+                self.engine.answer([request])
+            self._sample = session
+        return self._sample
 
     def reach(self, session: Session) -> Reach:
         """How deep each prompt token of a session got."""
