@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 
 import torch
@@ -22,7 +22,13 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen and when to stop. Raises ConfigError naming a value that cannot mean
-    anything."""
+    anything.
+
+    Whether and how tokens are drawn, and how many there are at most, is said here alone: a model's
+    generation config does not make an answer sample. What that config says of tokens
+    (`suppress_tokens`, `bad_words_ids`, `repetition_penalty`, forced tokens, `stop_strings`, ...)
+    holds as in `generate`, except where a field here is set to something else than its default.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -72,6 +78,13 @@ class Sampling:
                 f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}"
             )
         self._check_tokens()
+
+    def several(self, count: int) -> list[Sampling]:
+        """The same for each of several answers, with seeds that count up."""
+        if count == 1:
+            return [self]
+        first = secrets.randbits(62) if self.seed is None else self.seed
+        return [replace(self, seed=(first + place) % (1 << 63)) for place in range(count)]
 
     def _check_tokens(self) -> None:
         for word in self.bad_words:
