@@ -43,7 +43,7 @@ class Header:
 
 def read_header(path: str | Path, max_bytes: int = MAX_HEADER_BYTES) -> Header:
     """The header of a file. Raises ValueError with the reason when it is damaged or longer than
-    `max_bytes`, or when the tensors do not fill the file exactly; OSError when it cannot be read."""
+    `max_bytes`, or when the tensors do not fill the file; OSError when it cannot be read."""
     path = Path(path)
     size = path.stat().st_size
     with path.open("rb") as file:
