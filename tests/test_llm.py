@@ -221,6 +221,24 @@ def test_a_conversation_that_was_begun_by_stream_goes_on_by_chat(llm):
     assert last.stats.reused_tokens == len(history) - 1
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_next_turn_needs_no_earlier_messages(chat):
+    llm = reader(chat)
+    session, other = llm.session(), llm.session()
+    first = llm.generate("The code is 417.", "What?", sampling=SHORT, session=session)
+    llm.generate("The code is 417.", "What?", sampling=SHORT, session=other)
+    history = session.history
+    *_, last = llm.next_turn("Why?", sampling=SHORT, session=session)
+    assert last.stats.reused_tokens == len(history) - 1
+    answer = {"role": "assistant", "content": first.text}
+    messages = [user("The code is 417.\n\nWhat?"), answer, user("Why?")]
+    list(llm.chat(messages, sampling=SHORT, session=other))
+    assert session.history == other.history
+    for content in (" ", None, "half \ud800"):
+        with pytest.raises(RequestError, match=r"message (is empty|must be|has half)"):
+            llm.next_turn(content, session=session)
+
+
 def test_content_may_be_parts_of_text_or_nothing(llm):
     parts = [{"type": "text", "text": "The code"}, {"type": "text", "text": "of the door"}]
     (whole, *_), (joined, *_) = (

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lazyahead.cache.session import Session, shared_prefix
 from lazyahead.detokenizer import Detokenizer, StopStrings, special_texts
+from lazyahead.engine.engine import Engine
 from lazyahead.engine.request import Request
 from lazyahead.errors import ContextLengthError, RequestError
 from lazyahead.hf.probe import Support
@@ -18,7 +19,7 @@ from lazyahead.hf.processors import picker_for
 from lazyahead.plain_tensors import plain_tensors
 from lazyahead.prompt import Prompt
 from lazyahead.results import Piece
-from lazyahead.sampling import Sampling
+from lazyahead.sampling import Picker, Sampling
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,10 @@ def check(setting: Setting, prompt: Prompt, sampling: Sampling) -> None:
     where prompt and answer exceed the model's context."""
     if not prompt.token_ids:
         raise RequestError("the prompt is empty; give some text, or a file")
-    num, limit = len(prompt.token_ids), setting.max_context
+    end, ids = setting.vocab_size, prompt.token_ids
+    if any(not 0 <= token < end for token in ids):
+        raise RequestError(f"token ids must be between 0 and {end - 1}, got {min(ids)}..{max(ids)}")
+    num, limit = len(ids), setting.max_context
     if num + sampling.max_new_tokens > limit:
         raise ContextLengthError(
             f"prompt of {num} tokens plus max_new_tokens {sampling.max_new_tokens} exceed the "
@@ -137,6 +141,13 @@ def resume(session: Session, token_ids: Sequence[int], support: Support) -> None
         )
     with plain_tensors():
         session.crop(shared)
+
+
+def shortest_session(engine: Engine) -> Session:
+    """A session of two tokens, read as any other."""
+    session = engine.new_session()
+    engine.answer([Request([0, 0], Picker(), session=session, max_new_tokens=1, min_tokens=0)])
+    return session
 
 
 def _deaf(*_: Any) -> None:

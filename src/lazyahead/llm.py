@@ -10,13 +10,12 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from lazyahead.answer import Answer, Setting, check, resume
+from lazyahead.answer import Answer, Setting, check, resume, shortest_session
 from lazyahead.build import engine_for
 from lazyahead.cache.session import Session
 from lazyahead.cache.session_file import load_session, save_session
 from lazyahead.checks import check_count
 from lazyahead.config import LazyPrefill, Lookahead
-from lazyahead.engine.request import Request
 from lazyahead.errors import RequestError
 from lazyahead.hf.load import eos_ids, load, load_tokenizer, max_context
 from lazyahead.hf.probe import probe
@@ -24,10 +23,10 @@ from lazyahead.hf.unwrap import unwrap
 from lazyahead.inputs import Text, as_decode, as_prefill, as_prompts
 from lazyahead.messages import Message, check_text, read_messages
 from lazyahead.plain_tensors import plain_tensors
-from lazyahead.prompt import Prompt, check_length, encode_prompt, encode_turn
+from lazyahead.prompt import Prompt, check_length, encode_next, encode_prompt, encode_turn
 from lazyahead.reader import reader_path
 from lazyahead.results import Completion, Piece, Reach
-from lazyahead.sampling import Picker, Sampling
+from lazyahead.sampling import Sampling
 from lazyahead.stream import Stream
 
 
@@ -105,16 +104,15 @@ class LLM:
     def load_session(self, path: str | Path) -> Session:
         """Reads a session back. Raises SessionFileError for a damaged file or one of another model
         or config."""
-        return load_session(path, self.model, self.prefill, self.engine.new_session(), self._like)
+        with plain_tensors():
+            empty = self.engine.new_session()
+            return load_session(path, self.model, self.prefill, empty, self._like)
 
     def _like(self) -> Session:
-        """A session of two tokens, read as any other, for what its states look like."""
+        """A session of two tokens, for what its states look like."""
         if self._sample is None:
-            session = self.session()
-            request = Request([0, 0], Picker(), session=session, max_new_tokens=1, min_tokens=0)
             with self._lock, plain_tensors():
-                self.engine.answer([request])
-            self._sample = session
+                self._sample = shortest_session(self.engine)
         return self._sample
 
     def reach(self, session: Session) -> Reach:
@@ -160,6 +158,22 @@ class LLM:
         check_length(tokenizer, whole, self.max_context)
         previous = session.history if session is not None else []
         turn = encode_turn(tokenizer, read, previous)
+        return Stream(
+            lambda is_cancelled: self._stream(turn, sampling, session, on_progress, is_cancelled)
+        )
+
+    def next_turn(
+        self,
+        content: str,
+        *,
+        session: Session,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        on_progress: Callable[[float], None] | None = None,
+    ) -> Stream:
+        """Answers `content` as the user's next message to whatever the session holds, as `stream`:
+        for sessions whose messages are not at hand."""
+        check_text(content, "the message")
+        turn = encode_next(self._tokenizer(), content, session.history)
         return Stream(
             lambda is_cancelled: self._stream(turn, sampling, session, on_progress, is_cancelled)
         )
@@ -247,11 +261,6 @@ class LLM:
         if question is not None:
             raise RequestError(
                 "a question goes with a text; with token ids, put its tokens at their end"
-            )
-        end = self._setting.vocab_size
-        if any(not 0 <= token < end for token in ids):
-            raise RequestError(
-                f"token ids must be between 0 and {end - 1}, got {min(ids)}..{max(ids)}"
             )
         return Prompt(ids)
 

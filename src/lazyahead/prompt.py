@@ -58,11 +58,7 @@ def encode_turn(
     the last message counts as the question. Raises RequestError when that message is empty.
     """
     *earlier, last = messages
-    if not last["content"].strip():
-        raise RequestError("the message is empty; write something")
-    question = last["content"].strip().rpartition("\n\n")[2]
-    if len(question) > LONGEST_QUESTION:
-        question = ""
+    question = _question_of(last["content"])
     if tokenizer.chat_template:
         parts = _chat_parts(tokenizer, messages, question)
     else:
@@ -75,6 +71,34 @@ def encode_turn(
     turn = _encode(tokenizer, rest, is_plain and not kept)
     span = turn.question and (turn.question[0] + len(kept), turn.question[1] + len(kept))
     return Prompt([*kept, *turn.token_ids], span, stop)
+
+
+def encode_next(tokenizer: Tokenizer, content: str, previous: Sequence[int]) -> Prompt:
+    """The next turn behind `previous`, prompt and answer tokens of whatever turns came before."""
+    before = [
+        {"role": "user", "content": "..."},
+        {"role": "assistant", "content": ANSWER_MARK.format(0)},
+    ]
+    question = _question_of(content)
+    last = {"role": "user", "content": content}
+    if tokenizer.chat_template:
+        text = _render(tokenizer, [*before, last], question).rpartition(ANSWER_MARK.format(0))[2]
+    else:
+        text = _plain_parts(before, last, question).around[-1]
+    turn = _encode(tokenizer, text, False)
+    ended = int([*previous[-1:]] == turn.token_ids[:1])  # the answer brought its own end of turn
+    shift = len(previous) - ended
+    span = turn.question and (turn.question[0] + shift, turn.question[1] + shift)
+    stop = () if tokenizer.chat_template else NEXT_QUESTION
+    return Prompt([*previous, *turn.token_ids[ended:]], span, stop)
+
+
+def _question_of(content: str) -> str:
+    """The last paragraph, if it is short enough. Raises RequestError where there is no text."""
+    if not content.strip():
+        raise RequestError("the message is empty; write something")
+    question = content.strip().rpartition("\n\n")[2]
+    return question if len(question) <= LONGEST_QUESTION else ""
 
 
 @dataclass(frozen=True)

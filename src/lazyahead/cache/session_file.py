@@ -84,6 +84,8 @@ def load_session(
     try:
         header = read_header(path, MAX_HEADER_BYTES)
         _check_owner(path, header.metadata, _owner(model, prefill))
+        if not empty.num_layers:
+            raise ValueError("this model keeps a state of its own, which no file holds")
         expected = _expected(model, like())
         check_header(header, expected)
         with safe_open(str(path), framework="pt", device="cpu") as file:

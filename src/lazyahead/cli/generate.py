@@ -216,12 +216,7 @@ def _question(
     """A new text starts anew (sharing what a session has read of it); a bare question is the
     session's next turn."""
     if session is not None and len(session) and not (document and question):
-        turns = [
-            {"role": "user", "content": "…"},
-            {"role": "assistant", "content": "…"},
-        ]  # the session has them
-        last = {"role": "user", "content": question or document}
-        return partial(llm.chat, [*turns, last], sampling=sampling, session=session)
+        return partial(llm.next_turn, question or document, sampling=sampling, session=session)
     return partial(llm.stream, document, question, sampling=sampling, session=session)
 
 

@@ -22,12 +22,17 @@ NAMED = 3
 """Keys that an error names."""
 
 
-def check_files(folder: Path) -> None:
-    """Raises ModelError, naming the file and the remedy, when one of them is a git-lfs pointer, is
-    cut short or is otherwise damaged."""
+def check_objects(folder: Path) -> None:
+    """Raises ModelError, naming the file and the remedy, when a config or the tokenizer is a
+    git-lfs pointer or no JSON object."""
     for name in OBJECTS:
         if (folder / name).exists():
             _check_object(folder / name)
+
+
+def check_weights(folder: Path) -> None:
+    """Raises ModelError, naming the file and the remedy, when weights are a git-lfs pointer, cut
+    short or otherwise damaged."""
     for path in _weight_files(folder):
         try:
             read_header(path)

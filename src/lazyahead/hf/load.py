@@ -18,7 +18,7 @@ from lazyahead.errors import (
     OutOfMemoryError,
     UnsupportedModelError,
 )
-from lazyahead.hf.folder import check_files, check_keys
+from lazyahead.hf.folder import check_keys, check_objects, check_weights
 
 T = TypeVar("T")
 NETWORK_TIMEOUT_S = 5.0
@@ -47,6 +47,9 @@ def load(
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     target = _device(device)
     _check_folder(name)
+    if Path(name).exists():
+        model_config(name)  # an unknown family is told before its weights are looked at
+        check_weights(Path(name))
     try:
         model, tokenizer = _nearest(name, lambda **where: _parts(name, dtype, **where))
         return model.eval().to(target), tokenizer
@@ -99,8 +102,8 @@ def _check_network(name: str) -> None:
     except Exception as error:
         reason = _first_line(error)
         raise ModelNotFoundError(
-            f"{name!r} is not in the local cache and {constants.ENDPOINT} does not answer ({reason}); "
-            "give a model folder, or look at the network"
+            f"{name!r} is not in the local cache and {constants.ENDPOINT} does not answer "
+            f"({reason}); give a model folder, or look at the network"
         ) from None
 
 
@@ -152,7 +155,7 @@ def max_context(model: PreTrainedModel) -> int:
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end an answer: the generation config's, else the model's, else the tokenizer's."""
+    """Tokens that end an answer: of the generation config, else of the model or the tokenizer."""
     for owner in (model.generation_config, model.config.get_text_config(), tokenizer):
         value = getattr(owner, "eos_token_id", None)
         if value is not None:
@@ -188,9 +191,10 @@ def _check_folder(name: str) -> None:
         raise ModelNotFoundError(f"{name!r} holds no config.json, so it is no model folder")
     if not list(folder.glob("*.safetensors")):
         raise ModelNotFoundError(
-            f"{name!r} holds no *.safetensors; other formats can run code when loaded, convert it with save_pretrained"
+            f"{name!r} holds no *.safetensors; other formats can run code when loaded, convert it "
+            "with save_pretrained"
         )
-    check_files(folder)
+    check_objects(folder)
 
 
 def model_config(name: str) -> Any:
