@@ -196,9 +196,9 @@ def _answer_end(
         start = end - int(end > 0 and tokens[end - 1] == following[0])
         if tokens[start] != following[0] or tokens[start : start + len(following)] != following:
             continue
-        if decode(tokenizer, tokens[:end]).strip() == wanted:
+        if _says(tokenizer, tokens[:end], wanted):
             return end
-    if decode(tokenizer, tokens).strip() == wanted:
+    if _says(tokenizer, tokens, wanted):
         return len(tokens) or None
     detokenizer, text, found = Detokenizer(tokenizer), "", None
     for end, token in enumerate(tokens, 1):  # a stop text may stand behind the answer
@@ -208,6 +208,16 @@ def _answer_end(
         elif len(text.strip()) > len(wanted):
             break
     return found
+
+
+def _says(tokenizer: Tokenizer, tokens: list[int], wanted: str) -> bool:
+    """Whether this is their text, decoded at once or as it was streamed: the two differ where bytes
+    are no characters."""
+    if decode(tokenizer, tokens).strip() == wanted:
+        return True
+    detokenizer = Detokenizer(tokenizer)
+    streamed = "".join(detokenizer.add(token) for token in tokens) + detokenizer.flush()
+    return streamed.strip() == wanted
 
 
 def check_length(tokenizer: Tokenizer, text: str, max_tokens: int) -> None:
