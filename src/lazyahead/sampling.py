@@ -63,7 +63,8 @@ class Sampling:
             raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
         if not (_is_number(self.repetition_penalty) and 0 < self.repetition_penalty <= 10):
             raise ConfigError(
-                f"repetition_penalty must be above 0 and at most 10, got {self.repetition_penalty!r}"
+                "repetition_penalty must be above 0 and at most 10, got "
+                f"{self.repetition_penalty!r}"
             )
         if not isinstance(self.stop, tuple) or not all(
             isinstance(stop, str) and stop for stop in self.stop
@@ -99,7 +100,8 @@ class Sampling:
         for token, bias in self.logit_bias.items():
             if not (_is_token(token) and (_is_number(bias) or bias == -inf)):
                 raise ConfigError(
-                    f"logit_bias must give token ids a finite number or -inf, got {token!r}: {bias!r}"
+                    "logit_bias must give token ids a finite number or -inf, got "
+                    f"{token!r}: {bias!r}"
                 )
 
 
@@ -154,7 +156,7 @@ class Picker:
         return int((logits.softmax(-1) / self._noise(offset, logits)).argmax())
 
     def _noise(self, offset: int, like: Tensor) -> Tensor:
-        """Exponential noise: argmax of p / noise is a draw from p, and changes as little as p does."""
+        """Exponential noise: argmax of p / noise is a draw from p, and changes as p does."""
         place = hashlib.blake2b(
             f"{self.seed} {offset}".encode(), digest_size=4
         ).digest()  # torch hears 32 bits

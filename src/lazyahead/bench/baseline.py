@@ -62,8 +62,8 @@ def run_baseline(
 
 
 def _options(model: PreTrainedModel, sampling: Sampling, tokenizer: Any) -> dict[str, Any]:
-    """Our settings in transformers' words. As for an LLM, what the model's own generation config says
-    of tokens holds where a setting has its default."""
+    """Our settings in transformers' words. As for an LLM, what the model's own generation config
+    says of tokens holds where a setting has its default."""
     own = model.generation_config
     options: dict[str, Any] = {
         "max_new_tokens": sampling.max_new_tokens,

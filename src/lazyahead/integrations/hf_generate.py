@@ -222,7 +222,8 @@ class _Method:
         max_new_tokens = (config.max_length or 0) - ids.numel()
         if max_new_tokens < 1:
             raise RequestError(
-                f"max_length {config.max_length} leaves no room behind a prompt of {ids.numel()} tokens"
+                f"max_length {config.max_length} leaves no room behind a prompt of {ids.numel()} "
+                "tokens"
             )
 
         def accept(token: int, request: Request) -> str | None:

@@ -48,7 +48,8 @@ def refuse(
     ]
     if named:
         raise RequestError(
-            f"{', '.join(named)} cannot be combined with lazyahead; leave it out, or call plain generate"
+            f"{', '.join(named)} cannot be combined with lazyahead; leave it out, or call plain "
+            "generate"
         )
     for name in CACHES:
         cache = model_kwargs.get(name)
