@@ -6,25 +6,16 @@ from dataclasses import replace
 
 import families
 import pytest
-import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from support import (
-    CALM,
     KEEP_ALL,
     LAZY,
     PREFILLS,
-    ByHand,
     check_invariants,
-    engine_for,
-    finish,
     prompts,
-    request_for,
     tiny,
 )
 
 from lazyahead import LLM, LazyPrefill, Lookahead, Sampling
-from lazyahead.cache.session_file import load_session, save_session
 from lazyahead.config import PRESETS
 from lazyahead.errors import ConfigError, RequestError, SessionFileError
 
@@ -176,51 +167,6 @@ def test_streams_that_take_turns_do_not_disturb_each_other():
     ]
 
 
-# --- on disk --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def saved(tmp_path):
-    model = llm(LAZY)
-    session = model.session()
-    ask(model, DOCUMENT, session)
-    model.save_session(session, tmp_path / "session")
-    return model, session, tmp_path / "session"
-
-
-@pytest.mark.parametrize("name", ["none", "keep_all", "lazy", "paper", "random_drop"])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "llama4"])
-def test_a_session_read_back_goes_on_as_the_one_in_memory(tmp_path, name, family):
-    model = llm(PREFILLS[name], family=family)
-    session = model.session()
-    ask(model, DOCUMENT, session)
-    model.save_session(session, tmp_path / "a")
-    again = model.load_session(tmp_path / "a")
-    check_invariants(again)
-    assert again.history == session.history
-    assert again.kept_by_layer == session.kept_by_layer
-    assert model.reach(again) == model.reach(session)
-    text = [*session.history, *SECOND]
-    assert ask(model, text, again)[0] == ask(model, text, session)[0]
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
-
-
-def test_what_is_read_back_is_revived_as_by_hand(tmp_path):
-    engine, model = engine_for("llama", LAZY), tiny("llama")[0]
-    session, hand = engine.new_session(), ByHand("llama")
-    finish(engine, [request_for(engine, DOCUMENT, 5, session)], lambda: hand.follow(session))
-    save_session(session, tmp_path / "a", model, LAZY)
-    again = load_session(tmp_path / "a", model, LAZY, engine.new_session())
-    before = again.num_revived
-    finish(
-        engine,
-        [request_for(engine, [*again.history, *SECOND], 9, again)],
-        lambda: hand.follow(again),
-    )
-    assert again.num_revived > before
-    assert hand.num_checked == sum(len(kv) for kv in again.kv)
-
-
 def test_a_model_with_a_state_of_its_own_starts_anew_after_a_pass_that_broke_off(monkeypatch):
     inner = families.build(
         "mamba", state_size=8, hidden_size=32, num_attention_heads=..., head_dim=...
@@ -238,95 +184,6 @@ def test_a_model_with_a_state_of_its_own_starts_anew_after_a_pass_that_broke_off
             next(stream)
     assert not session.in_use
     assert ask(model, DOCUMENT, session)[0] == first
-
-
-def test_a_session_of_another_model_or_schedule_is_refused(saved):
-    _, _, path = saved
-    with pytest.raises(SessionFileError, match="another model"):
-        llm(LAZY, family="gemma2").load_session(path)
-    other = families.FAMILIES["llama"]()
-    with torch.no_grad():
-        other.get_input_embeddings().weight.add_(0.5)
-    with pytest.raises(SessionFileError, match="another model"):
-        LLM(other, prefill=LAZY).load_session(path)
-    with pytest.raises(SessionFileError, match="another schedule"):
-        llm(CALM).load_session(path)
-    with pytest.raises(SessionFileError, match="another schedule"):
-        llm(None).load_session(path)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
-def test_a_file_cut_short_is_refused(saved, share):
-    model, _, path = saved
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(SessionFileError, match="damaged"):
-        model.load_session(path)
-
-
-def test_what_is_no_session_is_refused(saved, tmp_path):
-    model = saved[0]
-    (tmp_path / "text").write_text("hello, this is some text and no session at all")
-    save_file({"a": torch.zeros(3)}, tmp_path / "tensors")
-    for name, message in (
-        ("text", "damaged"),
-        ("tensors", "no lazyahead session"),
-        ("none", "no session at"),
-    ):
-        with pytest.raises(SessionFileError, match=message):
-            model.load_session(tmp_path / name)
-    with pytest.raises(SessionFileError):
-        model.load_session(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("token_ids", "null"),
-        ("token_ids", "[1, 2]"),
-        ("pending", "{"),
-        ("prompt_len", "x"),
-        ("complex_tables", "3"),
-    ],
-)
-def test_a_header_that_does_not_fit_is_refused(saved, field, value):
-    model, _, path = saved
-    with safe_open(path, "pt") as file:
-        header = file.metadata()
-    save_file(load_file(path), path, {**header, field: value})
-    with pytest.raises(SessionFileError, match="damaged"):
-        model.load_session(path)
-
-
-@pytest.mark.parametrize("name", ["kv.3.keys", "kv.0.positions", "stash"])
-def test_a_missing_part_is_refused(saved, name):
-    model, _, path = saved
-    with safe_open(path, "pt") as file:
-        header = file.metadata()
-    tensors = load_file(path)
-    del tensors[next(part for part in tensors if part.startswith(name))]
-    save_file(tensors, path, header)
-    with pytest.raises(SessionFileError, match="damaged"):
-        model.load_session(path)
-
-
-def test_nothing_half_written_is_left_and_the_old_file_stays(saved, monkeypatch):
-    model, session, path = saved
-    before = path.read_bytes()
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("lazyahead.cache.session_file.os.replace", full)
-        with pytest.raises(SessionFileError, match="No space left"):
-            model.save_session(session, path)
-    assert path.read_bytes() == before
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-    with pytest.raises(SessionFileError, match="cannot write"):
-        model.save_session(session, path.parent / "no" / "such" / "folder")
-    with pytest.raises(SessionFileError, match="holds nothing"):
-        model.save_session(model.session(), path)
 
 
 # --- settings that name tokens --------------------------------------------------------------------

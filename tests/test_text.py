@@ -234,3 +234,21 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     path = tmp_path / "bom.txt"
     path.write_bytes(b"\xef\xbb\xbfhello")
     assert read_text(path) == "hello"
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@tokenizers
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_an_answer_of_any_tokens_is_found_again_by_its_streamed_text(tokenizer, chat, data):
+    tokenizer = chatty(tokenizer) if chat else tokenizer
+    turns = [{"role": "user", "content": "The code is 417.\n\nWhat?"}]
+    previous = []
+    for _ in range(2):
+        previous = encode_turn(tokenizer, turns, previous).token_ids
+        ids = st.integers(5, len(tokenizer) - 1)  # none of them special
+        answer = data.draw(st.lists(ids, min_size=1, max_size=12))
+        previous = [*previous, *answer]
+        content = "".join(stream(tokenizer, answer))
+        turns += [{"role": "assistant", "content": content}, {"role": "user", "content": "Why?"}]
+    assert encode_turn(tokenizer, turns, previous).token_ids[: len(previous)] == previous

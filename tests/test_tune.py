@@ -23,7 +23,6 @@ from lazyahead.prefill.cost import LayerCost, ModelCost, ideal_speedup, kept_cou
 from lazyahead.prefill.schedule import boundaries
 from lazyahead.prefill.score import LastToken, Random, Window
 from lazyahead.reader import CATEGORIES
-from lazyahead.tune import tuner
 from lazyahead.tune.answers import Answers, Task
 from lazyahead.tune.search import GAIN, RETREAT, Candidate, Search, candidates, strongest
 from lazyahead.tune.tuner import scorers, tune

@@ -4,9 +4,11 @@ import json
 import os
 import signal
 
+import families
 import pytest
 import torch
-from tiny import save_model
+from support import KEEP_ALL
+from tiny import byte_level, save_model
 
 from lazyahead.bench import agreement, baseline
 from lazyahead.bench.agreement import Agreement, own_prompts
@@ -163,3 +165,24 @@ def test_a_model_that_cannot_draft_says_what_was_not_checked(capsys, tmp_path, p
     )
     assert values["checks"] == {"keep_all": 0}
     assert values["not_checked"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"suppress_tokens": list(range(3, 200))},
+        {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[token] for token in range(3, 200)]},
+        {"stop_strings": ["e", "a", "o"]},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_generation_config_of_the_models_own_makes_no_difference(settings):
+    tokenizer = byte_level()
+    model = families.build("llama", vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    agreement = Agreement(LLM(model, tokenizer=tokenizer, prefill=None), KEEP_ALL, 24)
+    agreement.add([tokenizer(text)["input_ids"] for text in ("The code of", "A question: what")])
+    assert agreement.fields()["diverged"] == 0

@@ -2,78 +2,96 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, overload
 
-from transformers import PreTrainedModel
+import torch
+from torch import nn
 
+from lazyahead.answer import Answer, Setting, check, resume, shortest_session
 from lazyahead.build import engine_for
-from lazyahead.cache.session import Session, shared_prefix
+from lazyahead.cache.session import Session
 from lazyahead.cache.session_file import load_session, save_session
+from lazyahead.checks import check_count
 from lazyahead.config import LazyPrefill, Lookahead
 from lazyahead.draft.drafter import Drafter
-from lazyahead.engine.request import Request
-from lazyahead.errors import ContextLengthError, RequestError
-from lazyahead.hf.load import eos_ids, load, max_context
+from lazyahead.errors import RequestError
+from lazyahead.hf.load import eos_ids, load, load_tokenizer, max_context
+from lazyahead.hf.plain_tensors import plain_tensors
 from lazyahead.hf.probe import probe
-from lazyahead.hf.processors import picker_for
+from lazyahead.hf.unwrap import unwrap
+from lazyahead.inputs import Text, as_decode, as_prefill, as_prompts
 from lazyahead.reader import reader_path
 from lazyahead.results import Completion, Piece, Reach
 from lazyahead.sampling import Sampling
-from lazyahead.text import Detokenizer, Message, Prompt, StopStrings, encode_prompt, encode_turn
-
-Text = str | list[int] | Prompt
-Texts = list[str] | list[list[int]]
+from lazyahead.stream import Cancelled, Stream
+from lazyahead.text.messages import Message, check_text, read_messages
+from lazyahead.text.prompt import Prompt, check_length, encode_next, encode_prompt, encode_turn
 
 
 class LLM:
     """A model with its tokenizer, its engine and its two strategies.
 
-    `model` is a folder, a hub name, or a loaded model (then give its `tokenizer`, or pass prompts
-    as token ids); None is the built-in reader. `prefill` and `decode` say how it reads and writes;
-    None for plainly. `decode` may also be a drafter of your own. Raises ModelError when the model
-    cannot be loaded or does not support what was asked.
+    `model` is a folder, a hub name, or a loaded model, also inside `torch.compile` or PEFT's
+    adapters (then give its `tokenizer`, or pass prompts as token ids); None is the built-in reader.
+    `prefill` and `decode` are the two strategies, as configs or by name (`"balanced"`,
+    `"lookahead"`, `"off"`); None is plain. `decode` may also be a drafter of your own. Raises
+    ModelError when the model cannot be loaded or does not support what was asked.
     """
 
     def __init__(
         self,
-        model: str | Path | PreTrainedModel | None = None,
+        model: str | Path | nn.Module | None = None,
         *,
         tokenizer: Any = None,
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         device: str = "auto",
-        prefill: LazyPrefill | None = LazyPrefill(),  # noqa: B008 (frozen)
-        decode: Lookahead | Drafter | None = None,
+        prefill: LazyPrefill | str | None = LazyPrefill(),  # noqa: B008 (frozen)
+        decode: Lookahead | Drafter | str | None = None,
         prefill_chunk_size: int = 512,
     ) -> None:
-        is_reader = model is None
-        if model is None:
-            model = reader_path()
-        if isinstance(model, PreTrainedModel):
-            self.name, self.model, self.tokenizer = (
-                str(model.config.name_or_path or "model"),
-                model,
-                tokenizer,
-            )
-        else:
-            self.name = "built-in reader" if is_reader else str(model)
-            self.model, loaded = load(str(model), dtype, device)
+        self.prefill, self.decode = as_prefill(prefill), as_decode(decode)
+        if isinstance(tokenizer, str | Path):
+            tokenizer = load_tokenizer(str(tokenizer))
+        if model is None or isinstance(model, str | Path):
+            self.name = "built-in reader" if model is None else str(model)
+            self.model, loaded = load(str(model or reader_path()), dtype, device)
             self.tokenizer = tokenizer or loaded
-        self.prefill, self.decode = prefill, decode
-        self.support = probe(self.model)
-        self.engine = engine_for(self.model, self.tokenizer, prefill, decode, prefill_chunk_size)
+        else:
+            self.model, self.tokenizer = unwrap(model), tokenizer
+            self.name = str(self.model.config.name_or_path or "model")
+        with plain_tensors():
+            self.support = probe(self.model)
+            self.engine = engine_for(
+                self.model, self.tokenizer, self.prefill, self.decode, prefill_chunk_size
+            )
         self.max_context = max_context(self.model)
         self.eos_ids = eos_ids(self.model, self.tokenizer)
+        self._setting = Setting(
+            self.model,
+            self.tokenizer,
+            self.eos_ids,
+            self.max_context,
+            self.prefill.min_tokens if self.prefill is not None else None,
+        )
+        self._sample: Session | None = None
 
     def encode(self, prompt: str, question: str | None = None) -> Prompt:
-        """Text to tokens through the chat template. Raises RequestError when there is no text."""
+        """Text to tokens through the chat template. Raises RequestError when there is no text, or
+        none that can be encoded, ContextLengthError when it is far too long."""
+        tokenizer = self._tokenizer()
+        check_length(tokenizer, check_text(prompt or "", "the prompt"), self.max_context)
+        return encode_prompt(tokenizer, prompt, question)
+
+    def _tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise RequestError(
                 "this model was given without a tokenizer; pass token ids, or tokenizer=..."
             )
-        return encode_prompt(self.tokenizer, prompt, question)
+        return self.tokenizer
 
     def session(self) -> Session:
         """A new conversation. Requests on it share what they have in common."""
@@ -87,7 +105,16 @@ class LLM:
     def load_session(self, path: str | Path) -> Session:
         """Reads a session back. Raises SessionFileError for a damaged file or one of another model
         or config."""
-        return load_session(path, self.model, self.prefill, self.engine.new_session())
+        with plain_tensors():
+            empty = self.engine.new_session()
+            return load_session(path, self.model, self.prefill, empty, self._like)
+
+    def _like(self) -> Session:
+        """A session of two tokens, for what its states look like."""
+        if self._sample is None:
+            with self.engine.lock, plain_tensors():
+                self._sample = shortest_session(self.engine)
+        return self._sample
 
     def reach(self, session: Session) -> Reach:
         """How deep each prompt token of a session got."""
@@ -101,15 +128,18 @@ class LLM:
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         session: Session | None = None,
         on_progress: Callable[[float], None] | None = None,
-    ) -> Iterator[Piece]:
-        """Answers piece by piece, one piece per step. Leaving the iterator early cancels the
-        answer.
+    ) -> Stream:
+        """Answers piece by piece, one piece per step. Leaving the stream early, or its `cancel`
+        from any thread, ends the answer.
 
-        With a `session`, what the prompt shares with it from the start is not read again.
-        `on_progress` hears the fraction of the prompt that has been read. Raises RequestError,
-        ContextLengthError.
+        `prompt` is a text, token ids, or what the tokenizer made of one. With a `session`, what the
+        prompt shares with it from the start is not read again. `on_progress` hears the fraction of
+        the prompt that has been read. Raises RequestError, ContextLengthError.
         """
-        yield from self._stream(self._encode(prompt, question), sampling, session, on_progress)
+        read = self._encode(prompt, question)
+        return Stream(
+            lambda is_cancelled: self._stream(read, sampling, session, on_progress, is_cancelled)
+        )
 
     def chat(
         self,
@@ -118,17 +148,41 @@ class LLM:
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         session: Session | None = None,
         on_progress: Callable[[float], None] | None = None,
-    ) -> Iterator[Piece]:
-        """Answers the last of `messages` (role, content), as `stream`; a session brings the earlier
-        ones."""
-        previous = session.history if session is not None and len(messages) > 1 else []
-        turn = encode_turn(self.tokenizer, messages, previous)
-        yield from self._stream(turn, sampling, session, on_progress)
+    ) -> Stream:
+        """Answers the last of `messages`, all of which count, as `stream`.
+
+        A message has a `role` and a `content`: a text, a list of text parts, or None. What a
+        `session` has read or written of them is not read again.
+        """
+        read, tokenizer = read_messages(messages), self._tokenizer()
+        whole = "".join(message["content"] for message in read)
+        check_length(tokenizer, whole, self.max_context)
+        previous = session.history if session is not None else []
+        turn = encode_turn(tokenizer, read, previous)
+        return Stream(
+            lambda is_cancelled: self._stream(turn, sampling, session, on_progress, is_cancelled)
+        )
+
+    def next_turn(
+        self,
+        content: str,
+        *,
+        session: Session,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        on_progress: Callable[[float], None] | None = None,
+    ) -> Stream:
+        """Answers `content` as the user's next message to whatever the session holds, as `stream`:
+        for sessions whose messages are not at hand."""
+        check_text(content, "the message")
+        turn = encode_next(self._tokenizer(), content, session.history)
+        return Stream(
+            lambda is_cancelled: self._stream(turn, sampling, session, on_progress, is_cancelled)
+        )
 
     @overload
     def generate(
         self,
-        prompts: str,
+        prompts: str | list[int],
         question: str | None = None,
         *,
         sampling: Sampling = ...,
@@ -142,48 +196,89 @@ class LLM:
         question: str | None = None,
         *,
         sampling: Sampling = ...,
-        session: None = None,
     ) -> list[Completion]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Any,
+        question: str | None = None,
+        *,
+        sampling: Sampling = ...,
+        session: Session | None = None,
+        n: int = ...,
+    ) -> Any: ...
 
     def generate(
         self,
-        prompts: str | Texts,
+        prompts: Any,
         question: str | None = None,
         *,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         session: Session | None = None,
-    ) -> Completion | list[Completion]:
-        """One prompt to its answer, or several at once to theirs, in order. Raises as `stream`."""
-        if isinstance(prompts, str):
-            return Completion.fold(
-                list(self.stream(prompts, question, sampling=sampling, session=session))
-            )
+        n: int = 1,
+    ) -> Any:
+        """One prompt to its Completion, or several at once to theirs, in order. Raises as `stream`.
+
+        A prompt is a text or a list of token ids; what a tokenizer gives back for one or several
+        counts as token ids. With `n` above 1, a list of so many answers to the one prompt, the
+        seeds counted up from the sampling's.
+        """
+        texts, is_one = as_prompts(prompts, may_be_empty=bool(question))
+        check_count("n", n, least=1)
+        if n > 1 and (not is_one or session is not None):
+            raise RequestError(f"n={n} answers are of one prompt without a session")
+        if is_one and n == 1:
+            stream = self.stream(texts[0], question, sampling=sampling, session=session)
+            return Completion.fold(list(stream))
         if session is not None:
             raise RequestError(
                 "a session is one conversation; give each of several prompts its own call"
             )
-        answers = [
-            _Answer(self, self._encode(prompt, question), sampling, None) for prompt in prompts
-        ]
-        self.engine.answer([answer.request for answer in answers])
+        encoded = [self._encode(text, question) for text in texts]
+        return self._together([(prompt, own) for prompt in encoded for own in sampling.several(n)])
+
+    def _together(self, asked: Sequence[tuple[Prompt, Sampling]]) -> list[Completion]:
+        """Answers in common passes."""
+        with self.engine.lock, plain_tensors():
+            answers = [self._begin(prompt, sampling, None) for prompt, sampling in asked]
+            try:
+                self.engine.answer([answer.request for answer in answers])
+            finally:
+                for answer in answers:
+                    answer.end()
         return [Completion.fold(list(answer.pieces)) for answer in answers]
 
-    def _encode(self, prompt: Text, question: str | None) -> Prompt:
+    def _encode(self, prompt: Any, question: str | None) -> Prompt:
         if isinstance(prompt, str):
             return self.encode(prompt, question)
-        if isinstance(prompt, Prompt) and question is None:
+        if isinstance(prompt, Prompt):
+            if question is not None:
+                raise RequestError("a question goes with a text; a Prompt holds its own")
             return prompt
-        if question is not None or isinstance(prompt, Prompt):
+        if prompt is None and question:
+            return self.encode("", question)
+        (ids, *others), _ = as_prompts(prompt)
+        if isinstance(ids, Prompt):
+            return ids
+        if others:
+            raise RequestError("a stream answers one prompt; give several to `generate`")
+        if isinstance(ids, str):
+            return self.encode(ids, question)
+        if question is not None:
             raise RequestError(
                 "a question goes with a text; with token ids, put its tokens at their end"
             )
-        token_ids = [int(token) for token in prompt]
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        if any(not 0 <= token < vocabulary for token in token_ids):
-            raise RequestError(
-                f"token ids must be between 0 and {vocabulary - 1}, got {min(token_ids)}..{max(token_ids)}"
-            )
-        return Prompt(token_ids)
+        return Prompt(ids)
+
+    def _begin(self, prompt: Prompt, sampling: Sampling, session: Session | None) -> Answer:
+        """An answer that the engine has not heard of yet."""
+        check(self._setting, prompt, sampling)
+        if session is None:
+            session = self.session()
+        else:
+            resume(session, prompt.token_ids, self.support)
+        return Answer(self._setting, prompt, sampling, session)
 
     def _stream(
         self,
@@ -191,107 +286,30 @@ class LLM:
         sampling: Sampling,
         session: Session | None,
         on_progress: Callable[[float], None] | None,
-    ) -> Iterator[Piece]:
-        with self.engine.lock:
-            answer = _Answer(self, prompt, sampling, session)
+        is_cancelled: threading.Event,
+    ) -> Generator[Piece]:
+        with self.engine.lock, plain_tensors():
+            answer = self._begin(prompt, sampling, session)
             self.engine.submit(answer.request)
-        on_layer = None
+        tell = None
         if on_progress is not None:
-            on_layer = answer.progress(on_progress, self.support.num_layers)
+            tell = answer.progress(on_progress, self.support.num_layers)
+
+        def on_layer(layer: int) -> None:
+            if is_cancelled.is_set():
+                raise Cancelled
+            if tell is not None:
+                tell(layer)
+
         try:
-            with self.engine:
+            with self.engine, suppress(Cancelled):
                 while not answer.is_over:
-                    with self.engine.lock:
+                    with self.engine.lock, plain_tensors():
                         if not answer.pieces:
                             self.engine.step(on_layer)
                     while answer.pieces:
                         yield answer.pieces.popleft()
         finally:
-            with self.engine.lock:
+            with self.engine.lock, plain_tensors():
                 self.engine.cancel(answer.request)
-
-
-class _Answer:
-    """One request of an LLM: its tokens become text, its end is watched for."""
-
-    def __init__(
-        self, llm: LLM, prompt: Prompt, sampling: Sampling, session: Session | None
-    ) -> None:
-        if not prompt.token_ids:
-            raise RequestError("the prompt is empty; give some text, or a file")
-        total = len(prompt.token_ids) + sampling.max_new_tokens
-        if total > llm.max_context:
-            raise ContextLengthError(
-                f"prompt of {len(prompt.token_ids)} tokens plus max_new_tokens {sampling.max_new_tokens} exceed the "
-                f"model's context of {llm.max_context}; shorten one of them"
-            )
-        _check_tokens(llm, sampling)
-        self._eos = () if sampling.ignore_eos else llm.eos_ids
-        self._text, self._stops = Detokenizer(llm.tokenizer), StopStrings(sampling.stop)
-        self._ready: list[str] = []
-        self.pieces: deque[Piece] = deque()
-        self.is_over = False
-        session = _resume(llm, session, prompt.token_ids)
-        self.request = Request(
-            prompt.token_ids,
-            picker_for(sampling, len(prompt.token_ids), llm.eos_ids),
-            accept=self._accept,
-            emit=self._emit,
-            session=session,
-            max_new_tokens=sampling.max_new_tokens,
-            question=prompt.question,
-            min_tokens=llm.prefill.min_tokens if llm.prefill is not None else None,
-        )
-
-    def progress(self, tell: Callable[[float], None], num_layers: int) -> Callable[[int], None]:
-        """Tells how much of the prompt has been read, when a layer begins."""
-
-        def on_layer(layer: int) -> None:
-            if self.request.is_prefilling:
-                done = self.request.progress
-                tell(done if done > 0 else layer / num_layers)
-
-        return on_layer
-
-    def _accept(self, token: int, request: Request) -> str | None:
-        if token in self._eos:
-            return "stop"
-        self._ready.append(self._stops.add(self._text.add(token)))
-        return "stop" if self._stops.matched is not None else None
-
-    def _emit(self, tokens: Sequence[int], reason: str | None) -> None:
-        if reason is not None:
-            if self._stops.matched is None:
-                self._ready.append(self._stops.add(self._text.flush()))
-            if self._stops.matched is None:
-                self._ready.append(self._stops.flush())
-            self.is_over = True
-        text, request = "".join(self._ready), self.request
-        self.pieces.append(Piece(text, tuple(tokens), request.stats(), reason, request.sources))
-        self._ready = []
-
-
-def _check_tokens(llm: LLM, sampling: Sampling) -> None:
-    """Token ids that settings name must exist, or the pass would fail for everybody in it."""
-    named = [*sampling.logit_bias, *(token for word in sampling.bad_words for token in word)]
-    vocabulary = llm.model.config.get_text_config().vocab_size
-    if named and max(named) >= vocabulary:
-        raise RequestError(
-            f"logit_bias and bad_words take token ids below {vocabulary}, got {max(named)}"
-        )
-
-
-def _resume(llm: LLM, session: Session | None, token_ids: Sequence[int]) -> Session:
-    """The session, cut back to what the prompt shares with it; at least the prompt's last token is
-    read anew."""
-    if session is None:
-        return llm.session()
-    if session.in_use:
-        raise RequestError("another answer is running on this session; let it end first")
-    shared = min(shared_prefix(session.token_ids, token_ids), len(token_ids) - 1)
-    if shared < len(session) and llm.support.level != "full":
-        raise RequestError(
-            "this model's state cannot be cut back; continue the session's own text, or start a new one"
-        )
-    session.crop(shared)
-    return session
+            answer.end()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 
 import torch
@@ -22,7 +22,13 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen and when to stop. Raises ConfigError naming a value that cannot mean
-    anything."""
+    anything.
+
+    Whether and how tokens are drawn, and how many there are at most, is said here alone: a model's
+    generation config does not make an answer sample. What that config says of tokens
+    (`suppress_tokens`, `bad_words_ids`, `repetition_penalty`, forced tokens, `stop_strings`, ...)
+    holds as in `generate`, except where a field here is set to something else than its default.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -57,7 +63,8 @@ class Sampling:
             raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
         if not (_is_number(self.repetition_penalty) and 0 < self.repetition_penalty <= 10):
             raise ConfigError(
-                f"repetition_penalty must be above 0 and at most 10, got {self.repetition_penalty!r}"
+                "repetition_penalty must be above 0 and at most 10, got "
+                f"{self.repetition_penalty!r}"
             )
         if not isinstance(self.stop, tuple) or not all(
             isinstance(stop, str) and stop for stop in self.stop
@@ -73,6 +80,13 @@ class Sampling:
             )
         self._check_tokens()
 
+    def several(self, count: int) -> list[Sampling]:
+        """The same for each of several answers, with seeds that count up."""
+        if count == 1:
+            return [self]
+        first = secrets.randbits(62) if self.seed is None else self.seed
+        return [replace(self, seed=(first + place) % (1 << 63)) for place in range(count)]
+
     def _check_tokens(self) -> None:
         for word in self.bad_words:
             if (
@@ -86,7 +100,8 @@ class Sampling:
         for token, bias in self.logit_bias.items():
             if not (_is_token(token) and (_is_number(bias) or bias == -inf)):
                 raise ConfigError(
-                    f"logit_bias must give token ids a finite number or -inf, got {token!r}: {bias!r}"
+                    "logit_bias must give token ids a finite number or -inf, got "
+                    f"{token!r}: {bias!r}"
                 )
 
 
@@ -141,7 +156,7 @@ class Picker:
         return int((logits.softmax(-1) / self._noise(offset, logits)).argmax())
 
     def _noise(self, offset: int, like: Tensor) -> Tensor:
-        """Exponential noise: argmax of p / noise is a draw from p, and changes as little as p does."""
+        """Exponential noise: argmax of p / noise is a draw from p, and changes as p does."""
         place = hashlib.blake2b(
             f"{self.seed} {offset}".encode(), digest_size=4
         ).digest()  # torch hears 32 bits

@@ -63,7 +63,9 @@ class Agreement:
         ContextLengthError."""
         kept = _answers(self._llm.generate(prompts, sampling=self._greedy))
         expected = [
-            baseline.run_baseline(self._llm.model, token_ids, self._greedy).token_ids
+            baseline.run_baseline(
+                self._llm.model, token_ids, self._greedy, self._llm.tokenizer
+            ).token_ids
             for token_ids in prompts
         ]
         self._compare("keep_all", prompts, expected, kept)
@@ -138,6 +140,7 @@ class Agreement:
             output = self._llm.model.generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
+                tokenizer=self._llm.tokenizer,
                 max_new_tokens=len(generated) + 1,
                 do_sample=False,
                 output_logits=True,

@@ -73,19 +73,20 @@ def run_baseline(
 
 
 def _options(model: PreTrainedModel, sampling: Sampling, tokenizer: Any) -> dict[str, Any]:
-    """Our settings under transformers' names; defaults too, since those of the model may differ."""
+    """Our settings under transformers' names. As for an LLM, what the model's own generation config
+    says of tokens holds where a setting has its default."""
+    own = model.generation_config
     options: dict[str, Any] = {
         "max_new_tokens": sampling.max_new_tokens,
-        "min_new_tokens": sampling.max_new_tokens
-        if sampling.ignore_eos
-        else sampling.min_new_tokens,
         "do_sample": sampling.temperature > 0,
-        "repetition_penalty": sampling.repetition_penalty,
-        "no_repeat_ngram_size": sampling.no_repeat_ngram_size,
-        "pad_token_id": _first(
-            model.generation_config.pad_token_id, model.generation_config.eos_token_id, 0
-        ),
+        "pad_token_id": _first(own.pad_token_id, own.eos_token_id, 0),
     }
+    least = sampling.max_new_tokens if sampling.ignore_eos else sampling.min_new_tokens
+    options |= {"min_new_tokens": least} if least else {}
+    if sampling.repetition_penalty != 1.0:
+        options["repetition_penalty"] = sampling.repetition_penalty
+    if sampling.no_repeat_ngram_size:
+        options["no_repeat_ngram_size"] = sampling.no_repeat_ngram_size
     if sampling.temperature > 0:
         options |= {
             "temperature": sampling.temperature,
@@ -93,8 +94,10 @@ def _options(model: PreTrainedModel, sampling: Sampling, tokenizer: Any) -> dict
             "top_p": sampling.top_p,
         }
         options |= {"min_p": sampling.min_p} if sampling.min_p else {}
-    if sampling.stop:
-        options |= {"stop_strings": list(sampling.stop), "tokenizer": tokenizer}
+    if own.stop_strings or sampling.stop:
+        known = own.stop_strings or []
+        known = [known] if isinstance(known, str) else known
+        options |= {"stop_strings": [*sampling.stop, *known], "tokenizer": tokenizer}
     return options
 
 

@@ -115,7 +115,7 @@ def _request(llm: LLM, prompt: list[int], sampling: Sampling) -> Request:
     ends = () if sampling.ignore_eos else llm.eos_ids
     return Request(
         prompt,
-        picker_for(sampling, len(prompt), llm.eos_ids),
+        picker_for(sampling, len(prompt), llm.eos_ids, llm.model, prompt),
         accept=lambda token, request: "stop" if token in ends else None,
         session=session,
         max_new_tokens=sampling.max_new_tokens,

@@ -193,10 +193,7 @@ def _question(
     """A new document begins a new prompt (and reuses the prefix that the session has of it); a
     question alone is the session's next turn."""
     if session is not None and len(session) and not (document and question):
-        # the session holds the earlier turns: their text is not used
-        turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
-        last = {"role": "user", "content": question or document}
-        return partial(llm.chat, [*turns, last], sampling=sampling, session=session)
+        return partial(llm.next_turn, question or document, sampling=sampling, session=session)
     return partial(llm.stream, document, question, sampling=sampling, session=session)
 
 

@@ -21,6 +21,8 @@ _PASSING = {
     "use_cache",
 }
 """Config fields that may differ between two loads of one model."""
+_NUM_SAMPLED = 256
+"""Elements of each weight that are looked at."""
 
 
 def owner_of(model: PreTrainedModel, tokenizer: Any = None) -> Owner:
@@ -37,6 +39,21 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     )
     config = json.dumps(_lasting(model.config.to_dict()), sort_keys=True, default=str)
     return hashlib.sha256(sample.numpy().tobytes() + config.encode()).hexdigest()
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Of some elements of every weight, all layers included. Another dtype may give another."""
+    digest = hashlib.sha256()
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for name, weight in sorted(model.state_dict(keep_vars=True).items()):
+        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+        if weight.numel() and not weight.is_meta:
+            flat = weight.detach().reshape(-1)
+            step = max(1, flat.numel() // _NUM_SAMPLED)
+            by_device.setdefault(flat.device, []).append(flat[::step][:_NUM_SAMPLED].float())
+    for samples in by_device.values():
+        digest.update(torch.cat(samples).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str | None:

@@ -13,10 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from lazyahead.errors import (
     ConfigError,
+    ModelError,
     ModelNotFoundError,
     OutOfMemoryError,
     UnsupportedModelError,
 )
+from lazyahead.hf.folder import check_keys, check_objects, check_weights
 from lazyahead.hf.gguf import gguf_config, is_gguf, load_gguf
 
 T = TypeVar("T")
@@ -32,18 +34,25 @@ VOCABULARIES = (
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, Any]:
+def load(
+    name: str, dtype: str | torch.dtype = "auto", device: str = "auto"
+) -> tuple[PreTrainedModel, Any]:
     """Model (in eval mode) and tokenizer.
 
     Raises ConfigError for an unknown dtype or device, ModelNotFoundError when there is nothing to
-    load, UnsupportedModelError when transformers does not know the architecture.
+    load, UnsupportedModelError when transformers does not know the architecture, ModelError when
+    files are damaged or weights are missing.
     """
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     target = _device(device)
     if is_gguf(name):
         return load_gguf(name, dtype, target)
     _check_folder(name)
+    if Path(name).exists():
+        model_config(name)  # an unknown family is told before its weights are looked at
+        check_weights(Path(name))
     try:
         model, tokenizer = _nearest(name, lambda **where: _parts(name, dtype, **where))
         return model.eval().to(target), tokenizer
@@ -54,8 +63,23 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrain
     except OSError as error:
         reason = _first_line(error)
         raise ModelNotFoundError(f"cannot load model {name!r}: {reason}") from None
-    except (ValueError, KeyError, ImportError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a damaged file leads transformers to
         raise UnsupportedModelError(f"cannot load model {name!r}: {_first_line(error)}") from None
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a folder or hub name alone. Raises ModelError when it cannot be loaded."""
+    try:
+        return _nearest(
+            name,
+            lambda **where: AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where),
+        )
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"cannot load tokenizer {name!r}: {_first_line(error)}") from None
 
 
 def _nearest(name: str, get: Callable[..., T]) -> T:
@@ -81,8 +105,8 @@ def _check_network(name: str) -> None:
     except Exception as error:
         reason = _first_line(error)
         raise ModelNotFoundError(
-            f"{name!r} is not in the local cache and {constants.ENDPOINT} does not answer ({reason}); "
-            "give a model folder, or look at the network"
+            f"{name!r} is not in the local cache and {constants.ENDPOINT} does not answer "
+            f"({reason}); give a model folder, or look at the network"
         ) from None
 
 
@@ -104,18 +128,23 @@ def _weights(name: str, dtype: str, attention: str, **where: bool) -> PreTrained
     """The model with `attention`, or eager where the family refuses it; never what its config asks
     for, which may be code from elsewhere."""
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             attn_implementation=attention,
+            ignore_mismatched_sizes=True,  # so that all of them can be named
+            output_loading_info=True,
             **where,
         )
     except ValueError as error:
         if attention == "eager" or "scaled_dot_product_attention" not in str(error):
             raise
         return _weights(name, dtype, "eager", **where)
+    check_keys(name, info)
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def max_context(model: PreTrainedModel) -> int:
@@ -129,7 +158,7 @@ def max_context(model: PreTrainedModel) -> int:
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end an answer: the generation config's, else the model's, else the tokenizer's."""
+    """Tokens that end an answer: of the generation config, else of the model or the tokenizer."""
     for owner in (model.generation_config, model.config.get_text_config(), tokenizer):
         value = getattr(owner, "eos_token_id", None)
         if value is not None:
@@ -165,8 +194,10 @@ def _check_folder(name: str) -> None:
         raise ModelNotFoundError(f"{name!r} holds no config.json, so it is no model folder")
     if not list(folder.glob("*.safetensors")):
         raise ModelNotFoundError(
-            f"{name!r} holds no *.safetensors; other formats can run code when loaded, convert it with save_pretrained"
+            f"{name!r} holds no *.safetensors; other formats can run code when loaded, convert it "
+            "with save_pretrained"
         )
+    check_objects(folder)
 
 
 def model_config(name: str) -> Any:
@@ -180,10 +211,15 @@ def model_config(name: str) -> Any:
         )
     except OSError as error:
         raise ModelNotFoundError(f"cannot load model {name!r}: {_first_line(error)}") from None
-    except (ValueError, KeyError) as error:
+    except ModelError:
+        raise
+    except Exception as error:
         raise UnsupportedModelError(f"cannot load model {name!r}: {_first_line(error)}") from None
 
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return said[:300]

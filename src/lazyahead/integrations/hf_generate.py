@@ -7,6 +7,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,10 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
-    PrefixConstrainedLogitsProcessor,
     PreTrainedModel,
     StoppingCriteriaList,
     StopStringCriteria,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
-from transformers.generation import GenerateDecoderOnlyOutput
 
 from lazyahead.build import engine_for
 from lazyahead.config import LazyPrefill, Lookahead
@@ -29,6 +27,17 @@ from lazyahead.draft.drafter import Drafter
 from lazyahead.engine.engine import Engine
 from lazyahead.engine.request import Request
 from lazyahead.errors import RequestError
+from lazyahead.hf.plain_tensors import plain_tensors
+from lazyahead.hf.unwrap import unwrap
+from lazyahead.integrations.hf_batch import (
+    across_rows,
+    check_reads_whole,
+    of_row,
+    padded,
+    sample_together,
+)
+from lazyahead.integrations.hf_inputs import CACHES, refuse, starts_of
+from lazyahead.integrations.hf_patch import open_block
 from lazyahead.results import Stats
 from lazyahead.sampling import Picker
 
@@ -50,40 +59,43 @@ def accelerate(
     """Inside, `model.generate` reads lazily and writes ahead; every other line stays as it was.
 
     Generation config, logits processors, stopping criteria, streamers and left-padded batches are
-    honoured; what cannot be raises RequestError naming it. Raises UnsupportedModelError on entry
-    when the model cannot do what is asked. After the block, also after an exception, the model is
-    as before.
+    honoured; what cannot be raises RequestError naming it. Processors and criteria that are not
+    transformers' own see a batch as a whole: it is then written a token per step, by transformers'
+    own loop, and refused where a prompt is not read whole. Blocks may overlap; the one opened last
+    counts. Raises UnsupportedModelError on entry when the model cannot do what is asked. After the
+    block, also after an exception, the model is as before.
     """
-    accelerated = Accelerated(engine_for(model, None, prefill, decode))
-    before = model.__dict__.get("generate")
-    plain = getattr(
-        before, "_lazyahead_plain", model.generate
-    )  # of nested blocks the inner one counts
-
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        kwargs = _with_stop_strings(model, {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs})
-        for name in ("custom_generate", "assistant_model", "past_key_values", "inputs_embeds"):
-            if kwargs.get(name) is not None:
-                raise RequestError(
-                    f"{name} cannot be used inside accelerate(); call model.generate outside it"
-                )
-        kwargs["custom_generate"] = _Method(accelerated, kwargs.pop("streamer", None))
-        own = model.generation_config
-        stop_strings, own.stop_strings = own.stop_strings, None
-        try:
-            return plain(**kwargs)
-        finally:
-            own.stop_strings = stop_strings
-
-    generate._lazyahead_plain = plain  # type: ignore[attr-defined]
-    model.generate = generate
+    inner = unwrap(model)
+    with plain_tensors():
+        accelerated = Accelerated(engine_for(inner, None, prefill, decode))
+    patch = open_block(inner, accelerated, partial(_generate, inner))
     try:
         yield accelerated
     finally:
-        if before is None:
-            del model.generate
-        else:
-            model.generate = before
+        patch.close(accelerated)
+
+
+def _generate(
+    model: PreTrainedModel,
+    accelerated: Accelerated,
+    plain: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`model.generate` inside a block: `plain` is the model's own."""
+    kwargs = _with_stop_strings(model, {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs})
+    for name in _REFUSED:
+        if kwargs.get(name) is not None:
+            raise RequestError(
+                f"{name} cannot be used inside accelerate(); call model.generate outside it"
+            )
+    kwargs["custom_generate"] = _Method(accelerated, kwargs.pop("streamer", None))
+    own = model.generation_config
+    stop_strings, own.stop_strings = own.stop_strings, None
+    try:
+        return plain(**kwargs)
+    finally:
+        own.stop_strings = stop_strings
 
 
 def custom_generate(
@@ -95,13 +107,14 @@ def custom_generate(
     transformers keeps it."""
 
     def method(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Any:
-        return _Method(Accelerated(engine_for(model, None, prefill, decode)), streamer)(
-            model, input_ids, **kwargs
-        )
+        with plain_tensors():
+            accelerated = Accelerated(engine_for(model, None, prefill, decode))
+        return _Method(accelerated, streamer)(model, input_ids, **kwargs)
 
     return method
 
 
+_REFUSED = ("custom_generate", "assistant_model", *CACHES, "inputs_embeds")
 _ARGUMENTS = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
 
 
@@ -139,12 +152,40 @@ class _Method:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Any:
-        _refuse(generation_config, logits_processor, model_kwargs)
+        refuse(generation_config, logits_processor, model_kwargs)
         if self.streamer is not None and input_ids.shape[0] > 1:
             raise RequestError(
                 f"a streamer takes one sequence, got a batch of {input_ids.shape[0]}"
             )
-        starts = _starts(input_ids, model_kwargs)
+        starts = starts_of(input_ids, model_kwargs)
+        names = across_rows(logits_processor, stopping_criteria)
+        if names and len(input_ids) > 1:
+            lengths = [input_ids.shape[1] - start for start in starts]
+            check_reads_whole(names, self.accelerated.engine.prefill, lengths)
+            output, self.accelerated.stats = sample_together(
+                model,
+                input_ids,
+                starts,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                model_kwargs,
+            )
+            return output
+        with plain_tensors():
+            return self._answer(
+                input_ids, starts, logits_processor, stopping_criteria, generation_config
+            )
+
+    def _answer(
+        self,
+        input_ids: Tensor,
+        starts: Sequence[int],
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+    ) -> Any:
+        """Each row as a request of its own."""
         rows = [
             self._row(
                 (row, len(input_ids)),
@@ -162,7 +203,7 @@ class _Method:
         if self.streamer is not None:
             self.streamer.end()
         self.accelerated.stats = [request.stats() for request in rows]
-        return _output(input_ids, rows, generation_config)
+        return padded(input_ids, rows, generation_config)
 
     def _row(
         self,
@@ -177,12 +218,13 @@ class _Method:
         seed = (
             int(torch.randint(1 << 62, ())) if config.do_sample else None
         )  # from torch's seed, as transformers'
-        processors = _of_row(logits_processor, *place)
+        processors = of_row(logits_processor, *place)
         prompt = ids[start:].tolist()
         max_new_tokens = (config.max_length or 0) - ids.numel()
         if max_new_tokens < 1:
             raise RequestError(
-                f"max_length {config.max_length} leaves no room behind a prompt of {ids.numel()} tokens"
+                f"max_length {config.max_length} leaves no room behind a prompt of {ids.numel()} "
+                "tokens"
             )
 
         def accept(token: int, request: Request) -> str | None:
@@ -214,142 +256,3 @@ class _Method:
             request.scores = [] if config.output_scores else None
             request.logits = [] if config.output_logits else None
         return request
-
-
-def _refuse(
-    config: GenerationConfig, processors: LogitsProcessorList, model_kwargs: dict[str, Any]
-) -> None:
-    """What would change the outcome and cannot be honoured."""
-    asked = {
-        "num_beams": (config.num_beams or 1) > 1,
-        "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
-        "penalty_alpha": bool(getattr(config, "penalty_alpha", None)),
-        "dola_layers": getattr(config, "dola_layers", None) is not None,
-        "output_attentions": bool(config.return_dict_in_generate and config.output_attentions),
-        "output_hidden_states": bool(
-            config.return_dict_in_generate and config.output_hidden_states
-        ),
-        "guidance_scale": any(
-            isinstance(p, UnbatchedClassifierFreeGuidanceLogitsProcessor) for p in processors
-        ),
-        "cache_implementation": config.cache_implementation
-        not in (None, "dynamic", "dynamic_full"),
-        "inputs_embeds": model_kwargs.get("inputs_embeds") is not None,
-        "encoder_outputs": model_kwargs.get("encoder_outputs") is not None,
-    }
-    named = [name for name, is_asked in asked.items() if is_asked]
-    named += [
-        name
-        for name, value in model_kwargs.items()
-        if name not in _KNOWN and _says_something(value)
-    ]
-    if named:
-        raise RequestError(
-            f"{', '.join(named)} cannot be combined with lazyahead; leave it out, or call plain generate"
-        )
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise RequestError(
-            "past_key_values that already hold tokens cannot be continued; use a lazyahead Session"
-        )
-
-
-_KNOWN = {
-    "attention_mask",
-    "position_ids",
-    "past_key_values",
-    "use_cache",
-    "logits_to_keep",
-    "inputs_embeds",
-}
-"""Model inputs that are heeded, checked elsewhere, or without effect on the text. Pictures and the
-like are not."""
-
-
-def _says_something(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_says_something(part) for part in value.values())
-    return (
-        bool(value.any()) if isinstance(value, Tensor) else value is not None and value is not False
-    )
-
-
-def _starts(input_ids: Tensor, model_kwargs: dict[str, Any]) -> list[int]:
-    """Where each row's text begins behind its left padding."""
-    num_rows, length = input_ids.shape
-    mask = model_kwargs.get("attention_mask")
-    if mask is None:
-        starts = [0] * num_rows
-    else:
-        starts = [length - int(row.sum()) for row in mask]
-        for row, start in zip(mask, starts, strict=True):
-            if not bool(row[start:].all()):
-                raise RequestError(
-                    "attention_mask has zeros behind the first one; pad on the left only"
-                )
-    if max(starts, default=0) >= length:
-        raise RequestError("a prompt of the batch is empty; give each at least one token")
-    positions = model_kwargs.get("position_ids")
-    if positions is not None:
-        for row, start in zip(positions.expand(num_rows, -1), starts, strict=True):
-            if row[start:].tolist() != list(range(length - start)):
-                raise RequestError(
-                    "position_ids that do not count up from 0 cannot be honoured; leave them out"
-                )
-    return starts
-
-
-def _of_row(processors: LogitsProcessorList, row: int, num_rows: int) -> LogitsProcessorList:
-    """The processors for one row of the batch, which they see as a batch of one: what they hold per
-    row is cut out."""
-    if num_rows == 1:
-        return processors
-    mine = LogitsProcessorList()
-    for processor in processors:
-        if isinstance(processor, PrefixConstrainedLogitsProcessor):
-            allowed = processor._prefix_allowed_tokens_fn
-            mine.append(
-                PrefixConstrainedLogitsProcessor(
-                    lambda _, ids, allowed=allowed: allowed(row, ids), 1
-                )
-            )
-            continue
-        own = copy.deepcopy(processor)
-        for name in _PER_ROW & vars(own).keys():
-            held = getattr(own, name)
-            if isinstance(held, Tensor | list) and len(held) == num_rows:
-                setattr(own, name, held[row : row + 1])
-        if hasattr(own, "batch_size"):
-            own.batch_size = 1
-        mine.append(own)
-    return mine
-
-
-_PER_ROW = {"prompt_ignore_length", "encoder_input_ids", "generated_ngrams"}
-"""What transformers' own processors hold one of per row."""
-
-
-def _output(input_ids: Tensor, rows: Sequence[Request], config: GenerationConfig) -> Any:
-    """Rows padded to one length, as `generate` returns them."""
-    longest = max(len(request.answer) for request in rows)
-    pad = config._pad_token_tensor
-    pad_id = int(pad) if pad is not None else 0
-    answers = [request.answer + [pad_id] * (longest - len(request.answer)) for request in rows]
-    sequences = torch.cat([input_ids, torch.tensor(answers, device=input_ids.device)], dim=1)
-    if not config.return_dict_in_generate:
-        return sequences
-    return GenerateDecoderOnlyOutput(
-        sequences=sequences,
-        scores=_stacked([request.scores for request in rows], longest),
-        logits=_stacked([request.logits for request in rows], longest),
-    )
-
-
-def _stacked(rows: Sequence[list[Tensor] | None], longest: int) -> tuple[Tensor, ...] | None:
-    """Per step (B, V); a row that has ended repeats its last."""
-    known = [row for row in rows if row is not None]
-    if len(known) < len(rows):
-        return None
-    return tuple(
-        torch.stack([row[min(step, len(row) - 1)] for row in known]) for step in range(longest)
-    )
