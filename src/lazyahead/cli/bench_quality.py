@@ -23,6 +23,7 @@ from lazyahead.cli.bench_real_text import (
 from lazyahead.cli.output import print_json, record, seconds, tables
 from lazyahead.cli.progress import progress
 from lazyahead.errors import ConfigError
+from lazyahead.strategies import parse_prefill
 
 if TYPE_CHECKING:
     from lazyahead.bench.methods import Method
@@ -185,7 +186,7 @@ def parse_rules(given: Sequence[str] | None) -> dict[str, LazyPrefill]:
     """Presets and profiles by name. Raises ConfigError for one that is measured anyway."""
     rules = {}
     for name in given or PRESETS:
-        rule = options.parse_prefill(name)
+        rule = parse_prefill(name)
         if rule is None or name in ("random_drop", "static_prune"):
             raise ConfigError(
                 f"--prefill {name} is measured anyway, beside each preset; name another"
