@@ -23,7 +23,6 @@ from lazyahead.prefill.cost import LayerCost, ModelCost, ideal_speedup, kept_cou
 from lazyahead.prefill.schedule import boundaries
 from lazyahead.prefill.score import LastToken, Random, Window
 from lazyahead.reader import CATEGORIES
-from lazyahead.tune import tuner
 from lazyahead.tune.answers import Answers, Task
 from lazyahead.tune.search import GAIN, RETREAT, Candidate, Search, candidates, strongest
 from lazyahead.tune.tuner import scorers, tune
@@ -204,21 +203,6 @@ def test_a_model_that_never_looks_back_is_pruned_as_hard_as_can_be():
     assert (found.held_out.agreed, found.held_out.of) == (4, 4)
     assert found.clock.speedup > 0
     assert tuned.num_rejected == 0
-
-
-def test_between_scorers_that_run_ahead_and_those_that_do_not_the_clock_decides(monkeypatch):
-    base = replace(BASE, scorer=Window(window_size=4, score_to_depth=0.6))
-    for faster in (0.6, 0.0):
-
-        def clock(llm, rule, *_, faster=faster):
-            return tuner.Clock(
-                1.0, 0.5, 2.0 if getattr(rule.scorer, "score_to_depth", 0.0) == faster else 1.5
-            )
-
-        monkeypatch.setattr(tuner, "_time", clock)
-        found = tune(forgetful(), tasks(3), base=base, max_new_tokens=2, runs=1).found
-        assert found is not None
-        assert getattr(found.prefill.scorer, "score_to_depth", 0.0) == faster
 
 
 def test_what_is_found_agrees_and_keeps_what_it_was_not_asked_to_change(llm):
