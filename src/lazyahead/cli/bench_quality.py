@@ -120,9 +120,8 @@ def bench_quality(
         raise ConfigError(f"--first {first} is for two turns; add --turns 2")
     rules = parse_rules(prefill)
     if data is not None:
-        refuse_with_data(
-            {"--heldout": heldout, "--decode": decode, "--turns": turns > 1, "--first": first}
-        )
+        second_turn = {"--turns": turns if turns > 1 else None, "--first": first}
+        refuse_with_data({"--heldout": heldout, "--decode": decode, **second_turn})
         bench_real_text(
             options.Loading(model, dtype, device, prefill="off", decode="off"),
             data,
