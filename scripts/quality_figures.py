@@ -23,9 +23,9 @@ from PIL import Image
 from lazyahead import LLM, LazyPrefill
 from lazyahead.bench.methods import Cost, Method
 from lazyahead.bench.quality import Work, draw, measure_quality
-from lazyahead.cli.options import parse_prefill
 from lazyahead.errors import ConfigError, LazyAheadError
 from lazyahead.reader import CATEGORIES
+from lazyahead.strategies import parse_prefill
 
 DEPTH_SCALES = (1.5, 1.0, 0.75, 0.5, 0.25)
 """Factors on the depths of the schedule: smaller ones prune earlier and save more."""

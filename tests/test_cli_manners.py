@@ -19,6 +19,7 @@ from lazyahead.cli import options, run
 from lazyahead.cli.input import check_text, parse_path, unescape
 from lazyahead.cli.output import SideOutputs
 from lazyahead.errors import ConfigError, RequestError
+from lazyahead.strategies import parse_prefill
 
 TEXT = "The code of the red door is 417. "
 HALF = "half \ud83d of a character"
@@ -130,7 +131,7 @@ def test_a_tilde_is_the_home_folder(model, capsys, monkeypatch):
     assert run([*arguments, *QUICK]) == 0
     assert (home / "kept.session").exists()
     with pytest.raises(ConfigError, match=f"{home}/none.toml"):
-        options.parse_prefill("~/none.toml")
+        parse_prefill("~/none.toml")
 
 
 def test_whole_text_is_passed_on():

@@ -30,20 +30,16 @@ from lazyahead.tune.search import candidates
 NUM_TOKENS = 600
 LAYER_TYPES = ["full_attention", "sliding_attention"] * 3
 PLAIN = LazyPrefill(
-    ((0.34, 0.5), (0.67, 0.2)),
-    Window(window_size=8),
-    keep_mass=1.0,
-    local_window=0,
-    protect_last=8,
-    min_tokens=0,
+    ((0.34, 0.5), (0.67, 0.2)), Window(window_size=8), keep_mass=1.0, local_window=0, min_tokens=0
 )
 CONFIGS = {
     "full": None,
     "two boundaries": PLAIN,
     "the paper's": replace(PLAIN, scorer=LastToken()),
-    "local window": replace(
-        PLAIN, schedule=((0.67, 0.5),), local_window=64, local_from=0.34, local_full_rows=20
-    ),
+    "local window": replace(PLAIN, local_window=64, local_from=0.0, local_full_rows=20),
+    "local window from the second layer on": replace(PLAIN, local_window=64, local_from=0.17),
+    "less than the keep ratio": replace(PLAIN, keep_mass=0.3),
+    "the default": replace(LazyPrefill(), min_tokens=0),
     "dropped before the first layer": LazyPrefill.random_drop(),
     "shorter than min_tokens": replace(PLAIN, min_tokens=NUM_TOKENS + 1),
 }
@@ -83,14 +79,16 @@ attention_flops._get_raw = True  # the counter then passes tensors instead of sh
 MAPPING = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
 
 
-def counted(model: PreTrainedModel, config: LazyPrefill | None) -> float:
-    """FLOPs of the engine's prefill and its one row of logits."""
+def counted(
+    model: PreTrainedModel, config: LazyPrefill | None
+) -> tuple[float, tuple[int, ...] | None]:
+    """FLOPs of the engine's prefill and its one row of logits; the tokens kept by each layer."""
     llm = LLM(model, prefill=config, decode=None)
     prompt = torch.randint(3, 512, (NUM_TOKENS,), generator=torch.Generator().manual_seed(1))
     sampling = Sampling(max_new_tokens=1, ignore_eos=True)
     with FlopCounterMode(display=False, custom_mapping=MAPPING) as counter:
-        llm.generate([prompt.tolist()], sampling=sampling)
-    return float(counter.get_total_flops())
+        (completion,) = llm.generate([prompt.tolist()], sampling=sampling)
+    return float(counter.get_total_flops()), completion.stats.kept_by_layer or None
 
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2], ids=["dense heads", "grouped heads"])
@@ -98,7 +96,10 @@ def counted(model: PreTrainedModel, config: LazyPrefill | None) -> float:
 def test_flops_are_those_that_are_counted(name, num_kv_heads):
     model = build(num_kv_heads)
     config = CONFIGS[name]
-    assert prefill_flops(config, cost_of(model), NUM_TOKENS) == counted(model, config)
+    flops, kept = counted(model, config)
+    assert prefill_flops(config, cost_of(model), NUM_TOKENS, kept) == flops
+    if config is None or config.keep_mass == 1:
+        assert prefill_flops(config, cost_of(model), NUM_TOKENS) == flops
 
 
 def test_layers_that_differ_are_counted_each_by_itself():
@@ -106,7 +107,7 @@ def test_layers_that_differ_are_counted_each_by_itself():
     model = build(2, "qwen2", **sizes)
     cost = cost_of(model)
     assert [layer.window for layer in cost.layers] == [None, 100, None, 100, None, 100]
-    assert prefill_flops(None, cost, NUM_TOKENS) == counted(model, None)
+    assert prefill_flops(None, cost, NUM_TOKENS) == counted(model, None)[0]
 
 
 def test_layers_of_different_width_are_counted_each_by_itself():

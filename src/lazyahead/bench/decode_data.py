@@ -6,7 +6,7 @@ that rotates, once a round; speeds are those of all prompts and rounds together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -18,10 +18,8 @@ from lazyahead.bench.sides import Shot, Side, ours, plain_transformers, prompt_l
 from lazyahead.config import Lookahead
 from lazyahead.draft.drafter import Drafter
 from lazyahead.llm import LLM
+from lazyahead.report import Report, silent
 from lazyahead.sampling import Sampling
-
-Progress = Callable[[str, float], None]
-"""Hears what is being measured, and the fraction done."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def measure_decode_data(
     length: int,
     max_new_tokens: int,
     runs: int = 1,
-    progress: Progress = lambda *_: None,
+    progress: Report = silent,
 ) -> list[DecodeDataRow]:
     """One row for each category and one for `all`.
 

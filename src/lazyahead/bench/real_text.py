@@ -8,7 +8,7 @@ full reading's own greedy answer: how much of it comes before the first token th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from statistics import fmean, median
@@ -23,6 +23,7 @@ from lazyahead.bench.kept import Likelihood, kept_interval, measure_likelihood
 from lazyahead.bench.methods import FULL, Method
 from lazyahead.errors import RequestError
 from lazyahead.llm import LLM
+from lazyahead.report import Report, silent
 from lazyahead.results import Completion
 from lazyahead.sampling import Sampling
 from lazyahead.text import Prompt
@@ -30,8 +31,6 @@ from lazyahead.text import Prompt
 ALL = "all"
 TEMPLATE_TOKENS = 64
 """Room for a chat template around a prompt."""
-Progress = Callable[[str, float], None]
-"""Hears what is being measured, and the fraction done."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def measure_real_text(
     max_new_tokens: int,
     num_timed: int,
     seed: int = 0,
-    progress: Progress = lambda *_: None,
+    progress: Report = silent,
 ) -> list[RealTextRow]:
     """One row for each category and way, and each way's over `all`; the full reading comes first.
 

@@ -16,6 +16,7 @@ from lazyahead.cli.bench_replay import bench_replay
 from lazyahead.cli.output import print_json, record, seconds, tables
 from lazyahead.cli.progress import load_torch, progress
 from lazyahead.errors import ConfigError
+from lazyahead.strategies import parse_prefill
 
 if TYPE_CHECKING:
     from lazyahead.bench.prefill import PrefillRow
@@ -72,7 +73,7 @@ def bench_prefill(
     from lazyahead.bench.prefill import Subject, measure_prefill
     from lazyahead.config import LazyPrefill
 
-    rule = LazyPrefill() if prefill is None else options.parse_prefill(prefill)
+    rule = LazyPrefill() if prefill is None else parse_prefill(prefill)
     subject = Subject(model, shape, dtype, device, max_context=max(wanted) + 64)
     with options.quiet_transformers(), progress("loading the model") as report:
         llm, rows = measure_prefill(subject, rule, wanted, runs, memory=memory, progress=report)

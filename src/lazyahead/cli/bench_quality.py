@@ -23,6 +23,7 @@ from lazyahead.cli.bench_real_text import (
 from lazyahead.cli.output import print_json, record, seconds, tables
 from lazyahead.cli.progress import progress
 from lazyahead.errors import ConfigError
+from lazyahead.strategies import parse_prefill
 
 if TYPE_CHECKING:
     from lazyahead.bench.methods import Method
@@ -119,9 +120,8 @@ def bench_quality(
         raise ConfigError(f"--first {first} is for two turns; add --turns 2")
     rules = parse_rules(prefill)
     if data is not None:
-        refuse_with_data(
-            {"--heldout": heldout, "--decode": decode, "--turns": turns > 1, "--first": first}
-        )
+        second_turn = {"--turns": turns if turns > 1 else None, "--first": first}
+        refuse_with_data({"--heldout": heldout, "--decode": decode, **second_turn})
         bench_real_text(
             options.Loading(model, dtype, device, prefill="off", decode="off"),
             data,
@@ -185,7 +185,7 @@ def parse_rules(given: Sequence[str] | None) -> dict[str, LazyPrefill]:
     """Presets and profiles by name. Raises ConfigError for one that is measured anyway."""
     rules = {}
     for name in given or PRESETS:
-        rule = options.parse_prefill(name)
+        rule = parse_prefill(name)
         if rule is None or name in ("random_drop", "static_prune"):
             raise ConfigError(
                 f"--prefill {name} is measured anyway, beside each preset; name another"

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from lazyahead.cli import options
 from lazyahead.cli.output import envelope, note, print_json, seconds
+from lazyahead.cli.progress import progress
 from lazyahead.errors import ConfigError
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -30,19 +29,8 @@ def convert(
 
     check_target(folder)
     started = time.perf_counter()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-    )
-    with options.quiet_transformers(), Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("reading", total=1.0)
-
-        def tell(what: str, done: float) -> None:
-            bar.update(task, description=what, completed=done)
-
-        model = convert_gguf(file, folder, dtype, tell)
+    with options.quiet_transformers(), progress("converting") as report:
+        model = convert_gguf(file, folder, dtype, report)
     took = time.perf_counter() - started
     size = sum(path.stat().st_size for path in folder.iterdir())
     if json:

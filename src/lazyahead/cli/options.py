@@ -16,9 +16,10 @@ import typer
 from lazyahead.cli.input import check_text, parse_path, unescape
 from lazyahead.cli.progress import load_torch, progress
 from lazyahead.errors import ConfigError
+from lazyahead.strategies import parse_prefill
 
 if TYPE_CHECKING:
-    from lazyahead.config import LazyPrefill, Lookahead
+    from lazyahead.config import Lookahead
     from lazyahead.llm import LLM
     from lazyahead.sampling import Sampling
 
@@ -111,17 +112,6 @@ class Loading:
         if self.model is None:
             llm.name = BUILT_IN
         return llm
-
-
-def parse_prefill(text: str) -> LazyPrefill | None:
-    """`off`, a preset's name, or a profile's path."""
-    from lazyahead.config import LazyPrefill
-
-    if text == "off":
-        return None
-    if text.endswith(".toml") or "/" in text:
-        return LazyPrefill.load(parse_path(text))
-    return LazyPrefill.preset(text)
 
 
 def parse_decode(

@@ -14,6 +14,7 @@ from lazyahead.cli.input import parse_path
 from lazyahead.cli.output import Interrupt, print_json, record
 from lazyahead.cli.progress import progress
 from lazyahead.errors import RequestError
+from lazyahead.strategies import parse_prefill
 from lazyahead.text import read_text
 
 NUM_PROMPTS = 6
@@ -55,7 +56,7 @@ def verify(
     Ctrl-C ends it after the current batch and prints what was found so far.
     """
     texts = _lines(prompts, n, length)
-    rule = options.parse_prefill(prefill or "balanced")
+    rule = parse_prefill(prefill or "balanced")
     llm = options.Loading(model, dtype, device, prefill="off", decode="off").load()
     count = n or NUM_PROMPTS
     length = length or LENGTH

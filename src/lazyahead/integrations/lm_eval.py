@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from importlib.metadata import version
 from itertools import groupby
 from statistics import fmean
@@ -15,16 +14,15 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
 
-from lazyahead.cli.options import parse_decode, parse_prefill
-from lazyahead.cli.progress import progress
-from lazyahead.draft.factory import describe
+from lazyahead.draft.factory import describe, parse_decode
 from lazyahead.errors import ConfigError, RequestError
 from lazyahead.integrations.likelihood import Scored, dictate, score_whole
 from lazyahead.llm import LLM
-from lazyahead.report import silent
 from lazyahead.results import Completion
 from lazyahead.sampling import Sampling
+from lazyahead.strategies import parse_prefill
 
 log = logging.getLogger(__name__)
 
@@ -292,7 +290,4 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
         yield from self._bar(batches, what, is_quiet)
 
     def _bar(self, items: Sequence[Any], what: str, is_quiet: bool) -> Iterator[Any]:
-        with nullcontext(silent) if is_quiet else progress(what) as report:
-            for number, item in enumerate(items):
-                report(what, number / len(items))
-                yield item
+        yield from tqdm(items, desc=what, disable=is_quiet)

@@ -58,11 +58,3 @@ def kept_by_layer(placed: Sequence[Boundary], num_layers: int, num_tokens: int) 
         for layer in range(boundary.layer, num_layers):
             counts[layer] = min(counts[layer], boundary.keep_count(num_tokens))
     return tuple(counts)
-
-
-def num_local_layers(placed: Sequence[Boundary], num_layers: int, score_from_depth: float) -> int:
-    """How many of the first layers attend within the local window: those before the first boundary
-    and before `score_from_depth`; none where nothing is pruned."""
-    if all(boundary.keep_ratio == 1 for boundary in placed):
-        return 0
-    return min(*(boundary.layer for boundary in placed), round(score_from_depth * num_layers))
