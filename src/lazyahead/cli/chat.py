@@ -69,8 +69,8 @@ def _check_room(llm: LLM, document: str, sampling: Sampling) -> None:
     num, limit = len(llm.encode(document).token_ids), llm.max_context
     if num + sampling.max_new_tokens >= limit:
         raise ContextLengthError(
-            f"--file has {num} tokens, which with max_new_tokens {sampling.max_new_tokens} fill the "
-            f"model's context of {limit}; shorten one of them"
+            f"--file has {num} tokens, which with max_new_tokens {sampling.max_new_tokens} fill "
+            f"the model's context of {limit}; shorten one of them"
         )
 
 
