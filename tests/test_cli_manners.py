@@ -323,6 +323,6 @@ def test_what_is_written_through_a_link_leaves_the_link(model, tmp_path):
 
 def test_chat_refuses_a_document_that_leaves_no_room_at_once(model, tmp_path, capsys):
     document = tmp_path / "long.txt"
-    document.write_text(TEXT * 40)
+    document.write_text("xyzw " * 250)
     assert run(["chat", "-m", model, "-f", str(document), *QUICK]) == 2
     assert "--file has" in one_line(capsys.readouterr().err)

@@ -6,12 +6,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent / "src" / "lazyahead"
 FLOORS = [
     ["errors", "checks", "sampling", "text", "report"],
-    ["draft", "results", "prefill.schedule", "prefill.score", "prefill.select"],
+    ["draft", "results", "prefill.schedule", "prefill.score", "prefill.select", "stream"],
+    ["cache.safetensors_header"],
     ["prefill.config", "config", "strategies", "prefill.progress", "cache.kv", "cache.stash"],
+    ["inputs"],
     ["hf"],
     ["cache", "prefill"],
     ["engine"],
-    ["build", "reader"],
+    ["answer", "build", "reader"],
     ["llm"],
     ["integrations"],
     ["bench", "tune"],

@@ -222,7 +222,7 @@ class TwoMembers:
 
 
 def test_a_scorer_needs_two_members_only(tmp_path: Any) -> None:
-    rule = LazyPrefill(((0.5, 0.5),), TwoMembers(), protect_last=4, local_window=0, min_tokens=0)
+    rule = LazyPrefill(((0.5, 0.5),), TwoMembers(), protect_last=4, min_tokens=0)
     llm = LLM(build("llama"), prefill=rule, decode=Lookahead())
     session = llm.session()
     (piece, *_) = llm.stream(PROMPT, sampling=SHORT, session=session)
