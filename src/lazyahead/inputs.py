@@ -60,7 +60,7 @@ def as_prompts(given: Any, may_be_empty: bool = False) -> tuple[list[Text], bool
 
 
 @contextmanager
-def naming(what: str, is_alone: bool) -> Iterator[None]:
+def naming(what: str, is_alone: bool = False) -> Iterator[None]:
     """Inside, a RequestError begins with `what` it is about, unless that `is_alone`."""
     try:
         yield

@@ -4,7 +4,7 @@ changes none."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from lazyahead.cli.progress import progress
 from lazyahead.errors import RequestError
 from lazyahead.strategies import parse_prefill
 from lazyahead.text import read_text
+
+if TYPE_CHECKING:
+    from lazyahead.llm import LLM
 
 NUM_PROMPTS = 6
 LENGTH = 512
@@ -64,7 +67,7 @@ def verify(
         from lazyahead.bench.agreement import Agreement, own_prompts
 
         token_ids = (
-            [llm.encode(text).token_ids for text in texts]
+            [_encode(llm, f"prompt {place}", text) for place, text in enumerate(texts, 1)]
             if texts
             else own_prompts(llm, count, length)
         )
@@ -86,6 +89,14 @@ def verify(
         raise typer.Exit(INTERRUPTED)
     if fields["diverged"] and fields["dtype"] == "float32":
         raise typer.Exit(1)
+
+
+def _encode(llm: LLM, name: str, text: str) -> list[int]:
+    """Raises ContextLengthError naming the prompt."""
+    from lazyahead.inputs import naming
+
+    with naming(name):
+        return llm.encode(text).token_ids
 
 
 def _lines(path: Path | None, n: int | None, length: int | None) -> list[str]:
