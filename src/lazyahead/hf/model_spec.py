@@ -205,7 +205,8 @@ def _check_call(index: int, call: AttentionCall, num_tokens: int) -> None:
         raise Unfit(f"layer {index} passes {', '.join(unknown)} to its attention")
     if call.query.shape[2] != num_tokens or call.keys.shape[2] != num_tokens:
         raise Unfit(
-            f"layer {index} attends with {call.query.shape[2]} rows to {call.keys.shape[2]} keys of its own"
+            f"layer {index} attends with {call.query.shape[2]} rows to {call.keys.shape[2]} keys "
+            "of its own"
         )
     if call.extras.get("is_causal") is False or not isinstance(call.mask, MaskRule):
         raise Unfit(f"layer {index} does not take its mask from transformers' mask interface")
@@ -215,7 +216,7 @@ def _check_call(index: int, call: AttentionCall, num_tokens: int) -> None:
 
 
 def _reaches(calls: Sequence[AttentionCall], context: int) -> list[tuple[int | None, int | None]]:
-    """Window and chunk of each layer, read off its mask rule; layers with one rule are asked once."""
+    """Window and chunk of each layer, read off its mask rule; each rule is read once."""
     known: dict[int, tuple[int | None, int | None]] = {}
     for index, call in enumerate(calls):
         rule, device = call.mask.rule, call.query.device
