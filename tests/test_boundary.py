@@ -86,7 +86,7 @@ class Life:
             self.hand.follow(self.session)
 
     def turn(self, num_new, num_tokens):
-        """Some more text and an answer to it; beside another answer, so that reading goes in parts."""
+        """More text and its answer; beside another answer, so that prefill goes in chunks."""
         text = [*self.session.history, *(self.rng.randrange(2, 98) for _ in range(num_new))]
         beside = request_for(self.engine, [7, 8, 9], 10**6)
         with self.engine:

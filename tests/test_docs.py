@@ -94,14 +94,17 @@ def test_the_scorer_is_called_with_the_shapes_that_the_page_names(model, names, 
     monkeypatch.setattr(kind, "__call__", seen)
     LLM(model, tokenizer=byte_level(), prefill=LazyPrefill(scorer=kind())).generate(PROMPT)
     assert shapes
-    assert all(shape[0] == 4 and shape[2] == shape[3] for shape in shapes)
-    assert shapes[0][1] == 4
+    assert all(len(shape) == 3 and shape[0] == 4 and shape[1] == shape[2] for shape in shapes)
 
 
 def test_the_scorer_is_described_saved_and_loaded(names, tmp_path, monkeypatch):
     prefill = LazyPrefill(scorer=names["LoudestHead"](window_size=2))
     described = prefill.to_dict()["scorer"]
-    assert described == {"name": "my_code:LoudestHead", "window_size": 2}
+    assert described == {
+        "name": "my_code:LoudestHead",
+        "window_size": 2,
+        "head_reduction": "max",
+    }
     path = tmp_path / "mine.toml"
     prefill.save(path)
     with pytest.raises(ConfigError, match="my_code:LoudestHead"):
