@@ -7,7 +7,15 @@ ROOT = Path(__file__).parent.parent / "src" / "lazyahead"
 FLOORS = [
     ["errors", "checks", "sampling", "text", "report"],
     ["draft", "results", "prefill.schedule", "prefill.score", "prefill.select"],
-    ["prefill.config", "config", "strategies", "prefill.progress", "cache.kv", "cache.stash"],
+    [
+        "prefill.config",
+        "config",
+        "strategies",
+        "prefill.progress",
+        "cache.blocks",
+        "cache.kv",
+        "cache.stash",
+    ],
     ["hf"],
     ["cache", "prefill"],
     ["engine"],

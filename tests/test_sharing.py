@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import build, prompt
+from families import FAMILIES, build, prompt
 from test_fence import state
 from torch import nn
 from transformers import PreTrainedModel
@@ -97,7 +97,7 @@ def test_threads_inside_one_accelerate_block_get_the_answers_of_plain_generate()
 
 
 def test_threads_may_probe_a_new_model_at_once() -> None:
-    model = build("gemma3")
+    model = FAMILIES["gemma3"]()
     assert {support.level for support in in_threads([lambda: probe(model)] * 4)} == {"full"}
 
 
