@@ -62,7 +62,6 @@ PREFILLS: dict[str, LazyPrefill | None] = {
     "lazy": LAZY,
     "calm": CALM,
     "fast": FAST,
-    "mass": replace(LAZY, keep_mass=0.6, scorer=LastToken()),
     "local": replace(LAZY, local_window=6, local_from=0.25, local_full_rows=5),
     "paper": LazyPrefill.paper(),
     "static_prune": LazyPrefill(((0.25, 0.5),), LastToken(), revive="never", min_tokens=0),

@@ -33,7 +33,7 @@ COST = Cost(ModelCost((LayerCost(300_000, 192, 70_000),) * 12, 400_000), 4096)
 def profile(tmp_path_factory) -> str:
     """Boundaries at which everything goes on."""
     path = tmp_path_factory.mktemp("profiles") / "keep-all.toml"
-    replace(LazyPrefill(), schedule=((0.3, 1.0), (0.6, 1.0)), keep_mass=1.0).save(path)
+    replace(LazyPrefill(), schedule=((0.3, 1.0), (0.6, 1.0))).save(path)
     return str(path)
 
 

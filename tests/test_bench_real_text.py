@@ -55,7 +55,7 @@ def reader() -> LLM:
 
 @pytest.fixture(scope="module")
 def rows(reader: LLM) -> list[Any]:
-    keep_all = LazyPrefill(min_tokens=0, schedule=((0.3, 1.0), (0.6, 1.0)), keep_mass=1.0)
+    keep_all = LazyPrefill(min_tokens=0, schedule=((0.3, 1.0), (0.6, 1.0)))
     methods = [Method("lazy", "keep_all", keep_all), Method("lazy", "nothing", NOTHING_READ)]
     work = {name: page_samples(name, 2) for name in ("single_doc_qa", "few_shot")}
     return measure_real_text(

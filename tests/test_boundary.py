@@ -63,7 +63,6 @@ def configs(draw):
         revive=revive,
         revive_threshold=draw(st.sampled_from([0.0, 0.05, 0.3, 0.9])),
         revive_limit=draw(st.integers(0, 20)),
-        keep_mass=draw(st.sampled_from([1.0, 1.0, 0.4, 0.8])),
         local_window=draw(st.sampled_from([0, 0, 6, 15])),
         local_from=draw(st.sampled_from([0.0, 0.3, 0.6])),
         local_full_rows=draw(st.integers(0, 9)),

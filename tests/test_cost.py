@@ -32,16 +32,13 @@ from lazyahead.tune.search import candidates
 
 NUM_TOKENS = 600
 LAYER_TYPES = ["full_attention", "sliding_attention"] * 3
-PLAIN = LazyPrefill(
-    ((0.34, 0.5), (0.67, 0.2)), Window(window_size=8), keep_mass=1.0, local_window=0, min_tokens=0
-)
+PLAIN = LazyPrefill(((0.34, 0.5), (0.67, 0.2)), Window(window_size=8), local_window=0, min_tokens=0)
 CONFIGS = {
     "full": None,
     "two boundaries": PLAIN,
     "the paper's": replace(PLAIN, scorer=LastToken()),
     "local window": replace(PLAIN, local_window=64, local_from=0.0, local_full_rows=20),
     "local window from the second layer on": replace(PLAIN, local_window=64, local_from=0.17),
-    "less than the keep ratio": replace(PLAIN, keep_mass=0.3),
     "the default": replace(LazyPrefill(), min_tokens=0),
     "dropped before the first layer": LazyPrefill.random_drop(),
     "shorter than min_tokens": replace(PLAIN, min_tokens=NUM_TOKENS + 1),
@@ -111,8 +108,7 @@ def test_flops_are_those_that_are_counted(name, num_kv_heads):
     config = CONFIGS[name]
     flops, kept = counted(model, config)
     assert prefill_flops(config, cost_of(model), NUM_TOKENS, kept) == flops
-    if config is None or config.keep_mass == 1:
-        assert prefill_flops(config, cost_of(model), NUM_TOKENS) == flops
+    assert prefill_flops(config, cost_of(model), NUM_TOKENS) == flops
 
 
 def test_layers_that_differ_are_counted_each_by_itself():

@@ -176,7 +176,7 @@ def plain(llm: LLM, context: list[int], continuation: list[int]) -> tuple[float,
 
 
 def test_likelihoods_are_the_plain_models_when_everything_is_read(adapter, folder, tmp_path):
-    LazyPrefill(schedule=((0.5, 1.0),), keep_mass=1.0, min_tokens=0).save(tmp_path / "all.toml")
+    LazyPrefill(schedule=((0.5, 1.0),), min_tokens=0).save(tmp_path / "all.toml")
     for prefill in ("off", str(tmp_path / "all.toml")):
         model = adapter(str(folder), prefill=prefill, dtype="float32", batch_size=2)
         requests = [

@@ -73,9 +73,13 @@ class Attachment:
             self._hooks = stack.pop_all()
 
     def _begin_plain(self, module: nn.Module, args: Any) -> None:
-        if current.get() is None:
-            self.lock.acquire()
-            self._plain.depth = getattr(self._plain, "depth", 0) + 1
+        if current.get() is not None:
+            return
+        self.lock.acquire()
+        if not self._count:  # the hooks left while this call was on its way in
+            self.lock.release()
+            return
+        self._plain.depth = getattr(self._plain, "depth", 0) + 1
 
     def _end_plain(self, module: nn.Module, args: Any, output: Any) -> None:
         depth: int = getattr(self._plain, "depth", 0)

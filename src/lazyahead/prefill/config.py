@@ -44,14 +44,11 @@ class LazyPrefill:
     prompt's tokens goes on; the others are stashed."""
     scorer: Scorer = field(default_factory=LastToken)
     """Which tokens matter. The paper's is `LastToken()`."""
-    keep_mass: float = 0.9
-    """Of the tokens that may go on, only as many as hold this share of the scores, best first. A
-    keep ratio of 1 keeps everything."""
     revive: Revival = "demand"
     """`demand`: a stashed token is revived when a row's attention to it exceeds the threshold.
     `percentile`: the paper's rule, the best `keep_ratio` of the prompt are selected anew at every
     step. `never`: stashed tokens stay out."""
-    revive_threshold: float = 0.3
+    revive_threshold: float = 0.2
     """Demand: attention of one head, of a running row to a stashed token, that revives it."""
     revive_limit: int = 8
     """Demand: most tokens that one row revives at a boundary, best first."""
@@ -64,7 +61,7 @@ class LazyPrefill:
     """Last rows of the prompt that attend to everything in the local layers too."""
     protect_first: int = 4
     """Prompt tokens at the start that always go on."""
-    protect_last: int = 32
+    protect_last: int = 64
     """Prompt tokens at the end that always go on (the last one always does)."""
     protect_question: bool = True
     """Whether the question always goes on, where the caller says where it is."""
@@ -81,7 +78,7 @@ class LazyPrefill:
             raise ConfigError(
                 f"revive {self.revive!r} needs attention and {self.scorer} sees none; use 'never'"
             )
-        for name in ("revive_threshold", "local_from", "keep_mass"):
+        for name in ("revive_threshold", "local_from"):
             value = getattr(self, name)
             if not (is_number(value) and 0 <= value <= 1):
                 raise ConfigError(f"{name} must be in 0..1, got {value!r}")
@@ -98,7 +95,6 @@ class LazyPrefill:
         schedule = ((0.3, 0.7), (0.6, 0.49), (0.9, 0.343))
         return cls(
             schedule,
-            keep_mass=1.0,
             scorer=LastToken(),
             local_window=0,
             revive="percentile",
@@ -122,7 +118,7 @@ class LazyPrefill:
 
     @classmethod
     def _dropped(cls, schedule: Schedule, scorer: Scorer) -> LazyPrefill:
-        return cls(schedule, keep_mass=1.0, scorer=scorer, local_window=0, revive="never")
+        return cls(schedule, scorer=scorer, local_window=0, revive="never")
 
     @classmethod
     def preset(cls, name: str) -> LazyPrefill:
@@ -212,7 +208,7 @@ def _check_schedule(schedule: Schedule, needs_attention: bool) -> None:
 
 PRESETS: dict[str, LazyPrefill] = {
     "balanced": LazyPrefill(),
-    "fast": LazyPrefill(((0.67, 0.3),), keep_mass=0.9, local_window=256),
+    "fast": LazyPrefill(((0.8, 0.1),), local_window=256),
     "paper": LazyPrefill.paper(),
     "static_prune": LazyPrefill.static_prune(),
     "random_drop": LazyPrefill.random_drop(),

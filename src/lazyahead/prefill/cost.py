@@ -100,8 +100,7 @@ def prefill_flops(
     """Of the prefill of `num_tokens` tokens under `config`; None prunes nothing.
 
     `counts` are the prompt tokens computed at each layer, where they were measured
-    (`Stats.kept_by_layer`); left out, the schedule's keep ratios tell them. `keep_mass` can only
-    make them fewer.
+    (`Stats.kept_by_layer`); left out, the schedule's keep ratios tell them.
     """
     if counts is None:
         counts = kept_counts(config, model, num_tokens)

@@ -14,7 +14,7 @@ from lazyahead.prefill.boundary import Below, BoundaryPolicy, defer_all, entries
 from lazyahead.prefill.config import LazyPrefill
 from lazyahead.prefill.progress import PrefillProgress, chunk_len
 from lazyahead.prefill.schedule import Boundary, local_layers
-from lazyahead.prefill.select import best, count_for_mass, demanded
+from lazyahead.prefill.select import best, demanded
 
 _PER_TOKEN = 8
 """Stashed tokens that a later turn revives at most for each token of its own."""
@@ -97,8 +97,6 @@ class PrefillPolicy(BoundaryPolicy):
         pool = (below.positions >= ranked_from) & (below.positions < progress.end)
         count = boundary.keep_count(progress.end - ranked_from)
         protected = self._protected(below.positions)
-        if config.keep_mass < 1 and boundary.keep_ratio < 1:
-            count = min(count, count_for_mass(scores, pool, protected, config.keep_mass))
         chosen = best(scores, pool, protected, count)
         if config.revive == "demand" and ranked_from > 0:  # a later turn
             older = self.may_revive(stash, segment, below) & (below.positions < ranked_from)

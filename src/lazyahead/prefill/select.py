@@ -20,17 +20,6 @@ def best(scores: Tensor, pool: Tensor, protected: Tensor, count: int) -> Tensor:
     return _first(scores.masked_fill(sure, torch.inf).masked_fill(~pool, -torch.inf), count)
 
 
-def count_for_mass(scores: Tensor, pool: Tensor, protected: Tensor, mass: float) -> int:
-    """How many tokens of `pool` hold the fraction `mass` of its scores, best first; the protected
-    ones are counted besides, their scores are not. All (N,)."""
-    ranked = scores[pool & ~protected].float().sort(descending=True).values
-    total = ranked.sum()
-    num_protected = int((pool & protected).sum())
-    if not bool(total > 0):
-        return num_protected
-    return num_protected + int((ranked.cumsum(0) < mass * total).sum()) + 1
-
-
 def demanded(scores: Tensor, stashed: Tensor, threshold: float, limit: int) -> Tensor:
     """Demand: stashed tokens that score above `threshold`, the `limit` best of them. A mask (N,)."""
     hits = stashed & (scores > threshold)
