@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lazyahead import LLM, LazyPrefill
 from lazyahead.bench.methods import Cost
 from lazyahead.cache import kv
-from lazyahead.hf import steady
+from lazyahead.hf import packed, steady
 from lazyahead.hf.probe import examine
 from lazyahead.prefill.cost import (
     LayerCost,
@@ -82,6 +82,7 @@ def exactly_what_is_needed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kv, "BLOCKED_DTYPES", ())
         patch.setattr(steady, "FEWEST_ROWS", 1)
+        patch.setenv(packed.ENVIRONMENT, "0")  # the counter does not know packed products
         yield
 
 

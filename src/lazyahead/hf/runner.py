@@ -43,6 +43,11 @@ class Runner:
         self._tuned = tuned_modules(spec.layers)
         self._attachment = attachment_of(model)
 
+    def pack(self, wanted: bool | None) -> None:
+        """Packs the weights of linear layers for all runners of this model (None: where memory
+        allows)."""
+        self._attachment.pack(self.model, wanted)
+
     @property
     def spec(self) -> ModelSpec:
         """The model's parts. Raises LazyAheadError after layers or head were replaced."""
