@@ -108,7 +108,7 @@ class Work:
         if self._scratch is None or self._scratch.numel() < size:
             self._scratch = rows.new_empty(size)
         scores = self._scratch[:size].view(shape)
-        repeated = rows if count == 1 else rows.repeat(count, 1, 1)
+        repeated = rows if count == 1 else torch.cat([rows] * count)
         columns = keys.reshape(-1, *keys.shape[2:]).transpose(1, 2)
         torch.bmm(repeated, columns, out=scores.view(-1, *shape[2:]))
         if self.heads.softcap is not None:
