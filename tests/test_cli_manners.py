@@ -17,7 +17,7 @@ from tiny import COMMAND, save_model
 from lazyahead import LLM
 from lazyahead.cli import options, run
 from lazyahead.cli.input import check_text, parse_path, unescape
-from lazyahead.cli.output import SideOutputs
+from lazyahead.cli.output import SideOutputs, whole_file
 from lazyahead.errors import ConfigError, RequestError
 from lazyahead.strategies import parse_prefill
 
@@ -302,3 +302,27 @@ def test_streams_that_are_no_files_are_left_alone():
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     _use_utf8(narrow)
     assert (narrow.encoding, narrow.errors) == ("utf-8", "replace")
+
+
+def test_what_is_written_through_a_link_leaves_the_link(model, tmp_path):
+    """And what is no file is written to, never replaced by one."""
+    target, link = tmp_path / "page.html", tmp_path / "link.html"
+    link.symlink_to(target)
+    session, kept = tmp_path / "kept", tmp_path / "link"
+    kept.symlink_to(session)
+    arguments = ("generate", TEXT, "-m", model, *QUICK, "--explain", str(link))
+    assert run([*arguments, "--session", str(kept)]) == 0
+    assert link.is_symlink()
+    assert kept.is_symlink()
+    assert "<html" in target.read_text()
+    assert session.stat().st_size
+    with whole_file(Path(os.devnull)) as name:
+        assert name == Path(os.devnull)
+    assert not Path(os.devnull).is_file()
+
+
+def test_chat_refuses_a_document_that_leaves_no_room_at_once(model, tmp_path, capsys):
+    document = tmp_path / "long.txt"
+    document.write_text("xyzw " * 250)
+    assert run(["chat", "-m", model, "-f", str(document), *QUICK]) == 2
+    assert "--file has" in one_line(capsys.readouterr().err)

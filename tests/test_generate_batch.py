@@ -10,7 +10,8 @@ from torch import nn
 from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 
 from lazyahead import LazyPrefill, Lookahead, accelerate, custom_generate
-from lazyahead.errors import RequestError, UnsupportedModelError
+from lazyahead.errors import ConfigError, RequestError, UnsupportedModelError
+from lazyahead.integrations.hf_inputs import refuse
 
 WAYS = [(None, None), (None, Lookahead()), (KEEP_ALL, Lookahead()), (LazyPrefill(), None)]
 ways = pytest.mark.parametrize("way", WAYS, ids=["bare", "drafts", "keep_all", "short"])
@@ -132,6 +133,7 @@ def test_a_model_with_a_state_of_its_own_is_not_refused_for_a_cache_that_nobody_
     out = model.generate(**one(), **PLAIN, custom_generate=method)
     assert out.tolist() == expected.tolist()
     cache = DynamicCache(config=model.config)
+    model(**one(), cache_params=cache, use_cache=True)
     with pytest.raises(RequestError, match="cache_params"):
         run(model, (None, None), one(), cache_params=cache)
     with pytest.raises(RequestError, match="cache_params"):
@@ -206,4 +208,28 @@ def test_what_is_no_model_is_refused_by_name(given, message):
         pytest.raises(UnsupportedModelError, match=message),
         accelerate(given(tiny("llama")[0]), None, None),
     ):
+        pass
+
+
+def test_a_cache_that_holds_something_is_refused_whether_or_not_it_is_marked():
+    model = families.FAMILIES["llama"]()
+    cache = DynamicCache(config=model.config)
+    model(**one(20), past_key_values=cache, use_cache=True)
+    method = custom_generate(None, None)
+    with pytest.raises(RequestError, match="past_key_values"):
+        model.generate(**one(40), **PLAIN, past_key_values=cache, custom_generate=method)
+    cache._is_user_defined = False  # as some versions of transformers leave it
+    with pytest.raises(RequestError, match="past_key_values"):
+        refuse(model.generation_config, [], {"past_key_values": cache})
+
+
+def test_a_block_and_a_method_take_strategies_by_name(tmp_path):
+    model = families.FAMILIES["llama"]()
+    expected = model.generate(**one(), **PLAIN).tolist()
+    assert run(model, ("off", "lookahead"), one())[0].tolist() == expected
+    named = custom_generate("balanced", "off")  # shorter than what is pruned
+    assert model.generate(**one(), **PLAIN, custom_generate=named).tolist() == expected
+    with pytest.raises(ConfigError, match="no such"):
+        custom_generate("no such")
+    with pytest.raises(ConfigError, match="no such"), accelerate(model, decode="no such"):
         pass

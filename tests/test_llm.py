@@ -14,7 +14,13 @@ from test_generate_batch import Adapted, Wrapper
 from torch import nn
 
 from lazyahead import LLM, PRESETS, Lookahead, Sampling
-from lazyahead.errors import ConfigError, ContextLengthError, RequestError, UnsupportedModelError
+from lazyahead.errors import (
+    ConfigError,
+    ContextLengthError,
+    ModelNotFoundError,
+    RequestError,
+    UnsupportedModelError,
+)
 from lazyahead.sampling import Picker
 
 SHORT = Sampling(max_new_tokens=8)
@@ -128,6 +134,41 @@ def test_a_prompt_that_is_none_is_refused_by_name(llm, given, message):
         llm.generate(given, sampling=SHORT)
     assert "\n" not in str(error.value)
     str(error.value).encode()
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [("half \ud83d", "prompt 1: .*half a character"), ([9, 99999], "prompt 1: token ids"),
+     ([5] * 600, "prompt 1: .*context")],
+    ids=["surrogate", "no token", "too long"],
+)  # fmt: skip
+def test_of_several_prompts_the_one_that_is_wrong_is_named(llm, second, message):
+    first = "fine" if isinstance(second, str) else [5, 6]
+    with pytest.raises(RequestError, match=message):
+        llm.generate([first, second], sampling=SHORT)
+    with pytest.raises(RequestError) as alone:
+        llm.generate(second, sampling=SHORT)
+    assert "prompt 1" not in str(alone.value)
+
+
+def test_a_question_needs_no_text(llm):
+    answers = [llm.generate(text, "who?", sampling=SHORT).token_ids for text in (None, "")]
+    assert answers[0] == answers[1]
+
+
+def test_settings_of_a_call_that_are_of_another_type_are_named(llm):
+    with pytest.raises(RequestError, match="sampling is a Sampling, got dict"):
+        llm.generate("a", sampling={"temperature": 1})
+    with pytest.raises(RequestError, match="sampling is a Sampling, got dict"):
+        llm.generate(["a", "b"], sampling={})
+    with pytest.raises(RequestError, match=r"llm.session\(\)`, got str"):
+        llm.generate("a", session="s.safetensors", sampling=SHORT)
+
+
+def test_an_empty_model_name_is_not_the_built_in_reader(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFoundError):
+        LLM("")
 
 
 def test_a_question_with_half_a_character_is_refused(llm):
@@ -392,10 +433,10 @@ def test_a_stream_that_waits_can_be_cancelled_from_another_thread(monkeypatch):
     run = llm.engine.runner.run
     seen = []
 
-    def slow(segments):
+    def slow(segments, on_layer=None):
         in_pass.set()
         assert go_on.wait(20)
-        return run(segments)
+        return run(segments, on_layer)
 
     with monkeypatch.context() as patch:
         patch.setattr(llm.engine.runner, "run", slow)
@@ -464,7 +505,7 @@ def test_keys_and_values_are_freed_when_the_answer_ends(way, monkeypatch):
         else:
             kept = [RequestError, "an error that was caught"]
             with monkeypatch.context() as patch:
-                patch.setattr(llm.engine.runner, "run", lambda segments: 1 / 0)
+                patch.setattr(llm.engine.runner, "run", lambda *_: 1 / 0)
                 with pytest.raises(ZeroDivisionError):
                     list(llm.stream(DOCUMENT, sampling=SHORT))
             assert llm.generate(DOCUMENT[:5], sampling=SHORT)

@@ -236,3 +236,15 @@ def test_a_header_whose_numbers_do_not_agree_is_refused(tmp_path, entry):
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(16))
     with pytest.raises(ValueError, match=r"\w"):
         read_header(path)
+
+
+def test_a_path_may_begin_at_home_and_one_that_is_not_there_is_told_without_the_network(
+    tmp_path, monkeypatch, no_network
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_model(tmp_path / "mine")
+    assert load("~/mine")[1].get_vocab() == load_tokenizer("~/mine").get_vocab()
+    for name in ("~/other", "/no/such/folder"):
+        with pytest.raises(ModelNotFoundError, match="no tokenizer at"):
+            load_tokenizer(name)
+    assert not no_network

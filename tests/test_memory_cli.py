@@ -154,6 +154,10 @@ def test_tables_are_for_people(model, file, tmp_path, capsys):
         ("[1]", "object"),
         ("{", "JSON"),
         ("", "empty"),
+        (r'{"text": "half \ud83d"}', "'text' has half a character"),
+        (r'{"prompt": "\udc80", "answer": "a"}', "'prompt' has half a character"),
+        (r'{"text": "a", "more": {"turns": ["\ud83d"]}}', "'more' has half a character"),
+        ("[" * 9000, "JSON"),
     ],
 )
 def test_a_line_that_means_nothing_is_refused_by_number(

@@ -101,6 +101,25 @@ def test_threads_may_probe_a_new_model_at_once() -> None:
     assert {support.level for support in in_threads([lambda: probe(model)] * 4)} == {"full"}
 
 
+def test_a_plain_call_that_begins_during_a_probe_waits_for_its_end() -> None:
+    model = build("llama")
+    ids = prompt(40)
+    expected = model(ids).logits
+    seen: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: seen.append(model(ids).logits))
+
+    def begin(*_: Any) -> None:
+        if not thread.ident:
+            thread.start()
+            thread.join(0.3)
+
+    handle = model.model.layers[1].register_forward_pre_hook(begin)
+    assert probe(model).level == "full"
+    thread.join()
+    handle.remove()
+    assert torch.equal(seen[0], expected)
+
+
 def compile_forward(model: PreTrainedModel) -> None:
     model.forward = torch.compile(model.forward, backend="eager")
 
@@ -145,7 +164,23 @@ def replace_layer(model: PreTrainedModel) -> None:
     model.model.layers[1] = build("llama", seed=7).model.layers[1]
 
 
-@pytest.mark.parametrize("change", [resize, replace_head, replace_layer])
+def append_layer(model: PreTrainedModel) -> None:
+    more = build("llama", seed=7).model.layers[-1]
+    more.self_attn.layer_idx = model.config.num_hidden_layers
+    model.model.layers.append(more)
+    model.config.num_hidden_layers += 1
+
+
+def swap_layers(model: PreTrainedModel) -> None:
+    layers = model.model.layers
+    layers[0], layers[2] = layers[2], layers[0]
+    layers[0].self_attn.layer_idx, layers[2].self_attn.layer_idx = 0, 2
+
+
+CHANGES = [replace_head, replace_layer, append_layer, swap_layers]
+
+
+@pytest.mark.parametrize("change", [resize, *CHANGES])
 def test_a_model_changed_after_its_first_use_is_inspected_again(
     change: Callable[[PreTrainedModel], None],
 ) -> None:
@@ -157,7 +192,7 @@ def test_a_model_changed_after_its_first_use_is_inspected_again(
     assert ours(model, ids) == plain(model, ids)
 
 
-@pytest.mark.parametrize("change", [replace_head, replace_layer])
+@pytest.mark.parametrize("change", CHANGES)
 def test_an_open_llm_names_the_change_of_its_model(
     change: Callable[[PreTrainedModel], None],
 ) -> None:
@@ -187,7 +222,7 @@ class TwoMembers:
 
 
 def test_a_scorer_needs_two_members_only(tmp_path: Any) -> None:
-    rule = LazyPrefill(((0.5, 0.5),), TwoMembers(), local_window=0, min_tokens=0)
+    rule = LazyPrefill(((0.5, 0.5),), TwoMembers(), protect_last=4, min_tokens=0)
     llm = LLM(build("llama"), prefill=rule, decode=Lookahead())
     session = llm.session()
     (piece, *_) = llm.stream(PROMPT, sampling=SHORT, session=session)

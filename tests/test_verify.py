@@ -201,3 +201,10 @@ def test_a_generation_config_of_the_models_own_makes_no_difference(settings):
     agreement = Agreement(LLM(model, tokenizer=tokenizer, prefill=None), KEEP_ALL, 24)
     agreement.add([tokenizer(text)["input_ids"] for text in ("The code of", "A question: what")])
     assert agreement.fields()["diverged"] == 0
+
+
+def test_a_prompt_beyond_the_context_is_named(model, tmp_path, capsys):
+    path = tmp_path / "prompts.txt"
+    path.write_text("short\n" + "xyzw " * 2000 + "\n")
+    assert run(["verify", "-m", model, "--prompts", str(path)]) == 2
+    assert "lazyahead: prompt 2: the text of" in capsys.readouterr().err

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lazyahead.results import Completion, Piece, Reach, Stats
     from lazyahead.sampling import Sampling
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "LLM": "llm",

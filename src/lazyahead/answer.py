@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lazyahead.cache.session import Session, shared_prefix
+from lazyahead.checks import check_kind
 from lazyahead.engine.engine import Engine
 from lazyahead.engine.request import Request
 from lazyahead.errors import ContextLengthError, RequestError
@@ -110,6 +111,7 @@ class Answer:
 def check(setting: Setting, prompt: Prompt, sampling: Sampling) -> None:
     """Raises RequestError for an empty prompt and for tokens that do not exist, ContextLengthError
     where prompt and answer exceed the model's context."""
+    check_kind("sampling", sampling, Sampling, "a Sampling")
     if not prompt.token_ids:
         raise RequestError("the prompt is empty; give some text, or a file")
     end, ids = setting.vocab_size, prompt.token_ids
@@ -132,6 +134,7 @@ def check(setting: Setting, prompt: Prompt, sampling: Sampling) -> None:
 def resume(session: Session, token_ids: Sequence[int], support: Support) -> None:
     """Cuts a session back to what the prompt shares with it; at least the prompt's last token is
     read anew."""
+    check_kind("session", session, Session, "one of `llm.session()`")
     if session.in_use:
         raise RequestError("another answer is running on this session; let it end first")
     shared = min(shared_prefix(session.token_ids, token_ids), len(token_ids) - 1)

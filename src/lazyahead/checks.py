@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from math import isfinite
 
-from lazyahead.errors import ConfigError
+from lazyahead.errors import ConfigError, RequestError
 
 
 def check_count(name: str, value: object, least: int = 0) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def check_kind(name: str, value: object, kind: type, what: str) -> None:
+    """Raises RequestError for a value of another type than `kind`; `what` says where one is got."""
+    if not isinstance(value, kind):
+        raise RequestError(f"{name} is {what}, got {type(value).__name__} {value!r:.60}")
 
 
 def is_number(value: object) -> bool:

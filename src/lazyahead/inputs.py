@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lazyahead.config import LazyPrefill, Lookahead
 from lazyahead.draft.drafter import Drafter
 from lazyahead.draft.factory import parse_decode
 from lazyahead.errors import ConfigError, RequestError
+from lazyahead.strategies import parse_prefill
 from lazyahead.text import Prompt
 
 Text = str | list[int] | Prompt
@@ -21,10 +23,7 @@ def as_prefill(value: LazyPrefill | str | None) -> LazyPrefill | None:
         return value
     if not isinstance(value, str):
         raise ConfigError(f"prefill is a LazyPrefill, a name or None, got {value!r}")
-    if value == "off":
-        return None
-    is_path = value.endswith(".toml") or "/" in value
-    return LazyPrefill.load(value) if is_path else LazyPrefill.preset(value)
+    return parse_prefill(value)
 
 
 def as_decode(value: Lookahead | Drafter | str | None) -> Lookahead | Drafter | None:
@@ -58,6 +57,17 @@ def as_prompts(given: Any, may_be_empty: bool = False) -> tuple[list[Text], bool
         if is_empty and not may_be_empty:
             raise RequestError(f"prompt {place} is empty (counted from 0); leave it out")
     return [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts], False
+
+
+@contextmanager
+def naming(what: str, is_alone: bool = False) -> Iterator[None]:
+    """Inside, a RequestError begins with `what` it is about, unless that `is_alone`."""
+    try:
+        yield
+    except RequestError as error:
+        if is_alone:
+            raise
+        raise type(error)(f"{what}: {error}") from None
 
 
 def _from_tokenizer(given: Mapping[str, Any]) -> tuple[list[Text], bool]:

@@ -23,7 +23,7 @@ from lazyahead.hf.load import eos_ids, load, load_tokenizer, max_context
 from lazyahead.hf.plain_tensors import plain_tensors
 from lazyahead.hf.probe import probe
 from lazyahead.hf.unwrap import unwrap
-from lazyahead.inputs import Text, as_decode, as_prefill, as_prompts
+from lazyahead.inputs import Text, as_decode, as_prefill, as_prompts, naming
 from lazyahead.reader import reader_path
 from lazyahead.results import Completion, Piece, Reach
 from lazyahead.sampling import Sampling
@@ -61,7 +61,8 @@ class LLM:
             tokenizer = load_tokenizer(str(tokenizer))
         if model is None or isinstance(model, str | Path):
             self.name = "built-in reader" if model is None else str(model)
-            self.model, loaded = load(str(model or reader_path()), dtype, device)
+            path = reader_path() if model is None else model
+            self.model, loaded = load(str(path), dtype, device)
             self.tokenizer = tokenizer or loaded
         else:
             self.model, self.tokenizer = unwrap(model), tokenizer
@@ -232,6 +233,7 @@ class LLM:
         counts as token ids. With `n` above 1, a list of so many answers to the one prompt, the
         seeds counted up from the sampling's.
         """
+        prompts = "" if prompts is None and question else prompts
         texts, is_one = as_prompts(prompts, may_be_empty=bool(question))
         check_count("n", n, least=1)
         if n > 1 and (not is_one or session is not None):
@@ -243,8 +245,13 @@ class LLM:
             raise RequestError(
                 "a session is one conversation; give each of several prompts its own call"
             )
-        encoded = [self._encode(text, question) for text in texts]
-        return self._together([(prompt, own) for prompt in encoded for own in sampling.several(n)])
+        asked: list[tuple[Prompt, Sampling]] = []
+        for place, text in enumerate(texts):
+            with naming(f"prompt {place}", is_one):
+                prompt = self._encode(text, question)
+                check(self._setting, prompt, sampling)
+            asked += [(prompt, own) for own in sampling.several(n)]
+        return self._together(asked)
 
     def _together(self, asked: Sequence[tuple[Prompt, Sampling]]) -> list[Completion]:
         """Answers in common passes."""

@@ -45,7 +45,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class Piece:
-    """One step's worth of answer: some tokens, the text they complete, and the measurements so far."""
+    """The answer tokens of one step, the text they complete, and the measurements so far."""
 
     text: str
     token_ids: tuple[int, ...]

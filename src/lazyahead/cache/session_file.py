@@ -47,6 +47,8 @@ def save_session(
         raise SessionFileError("the session is answering; save it when the answer has ended")
     if not session.num_layers or not len(session):
         raise SessionFileError("the session holds nothing that could be saved")
+    if Path(path).exists() and not Path(path).is_file():
+        raise SessionFileError(f"{path} is no file; name one")
     tensors = _tensors(session)
     header = {
         "format": FORMAT,
@@ -55,7 +57,7 @@ def save_session(
         "prefill_lens": json.dumps(session.prefill_lens),
     }
     header["checksum"] = checksum(header, tensors)
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays one
     part = path.with_name(path.name + ".part")
     try:
         save_file(tensors, part, header)

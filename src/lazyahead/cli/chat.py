@@ -56,9 +56,22 @@ def chat(
         stop=stop,
     )
     llm = options.Loading(model, dtype, device, prefill, decode, memory, namespace).load()
+    _check_room(llm, document, sampling)
     if sys.stdin.isatty():
         note(f"{llm.name}. Ctrl-C stops an answer; {COMMANDS}.")
     Conversation(llm, document, sampling).run(messages())
+
+
+def _check_room(llm: LLM, document: str, sampling: Sampling) -> None:
+    """Raises ContextLengthError for a document that no question could follow."""
+    if not document.strip():
+        return
+    num, limit = len(llm.encode(document).token_ids), llm.max_context
+    if num + sampling.max_new_tokens >= limit:
+        raise ContextLengthError(
+            f"--file has {num} tokens, which with max_new_tokens {sampling.max_new_tokens} fill "
+            f"the model's context of {limit}; shorten one of them"
+        )
 
 
 class Conversation:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from lazyahead.sampling import Sampling
 
 
+WARM_UP_TOKENS = 512
+"""Tokens of the prompt that both sides answer once before they are timed."""
+
+
 class Timing(NamedTuple):
     """Medians of one side's runs."""
 
@@ -59,17 +63,22 @@ class Comparison(NamedTuple):
 def measure(
     llm: LLM, document: str, question: str | None, sampling: Sampling, runs: int
 ) -> Comparison:
-    """An untimed round of both sides, then `runs` timed ones; in each one side after the other."""
+    """An untimed round of both sides over the start of the prompt, then `runs` timed ones over all
+    of it; in each one side after the other."""
+    from dataclasses import replace
+
     from lazyahead.bench.baseline import run_baseline
 
     token_ids = llm.encode(document, question).token_ids
     ours: list[Completion] = []
     theirs: list[BaselineRun] = []
-    for _ in range(runs + 1):
+    start = token_ids[:WARM_UP_TOKENS]
+    short = replace(sampling, max_new_tokens=4, min_new_tokens=0)
+    run_baseline(llm.model, start, short, llm.tokenizer)
+    llm.generate([start], sampling=short)
+    for _ in range(runs):
         theirs.append(run_baseline(llm.model, token_ids, sampling, llm.tokenizer))
         ours.append(llm.generate(document, question, sampling=sampling))
-    ours = ours[1:]
-    theirs = theirs[1:]
     stats = [completion.stats for completion in ours]
     return Comparison(
         ours[-1],

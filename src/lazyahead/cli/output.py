@@ -148,7 +148,12 @@ class SideOutputs:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; renamed to `path` at the end, deleted after an exception."""
+    """A temporary name to write to; renamed to `path` at the end, deleted after an exception. What
+    is no file, a pipe or a terminal, is written to as it is; a link stays one."""
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        yield path
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         temporary.touch()

@@ -87,7 +87,9 @@ def verify(
         from lazyahead.bench.agreement import Agreement, own_prompts
 
         if texts:
-            token_ids = [llm.encode(text).token_ids for text in texts]
+            token_ids = [
+                _encode(llm, f"prompt {place}", text) for place, text in enumerate(texts, 1)
+            ]
         elif samples:
             token_ids = _encoded(llm, samples, length or DATA_LENGTH, max_new_tokens)
         else:
@@ -138,6 +140,14 @@ def _encoded(llm: LLM, samples: list[Sample], length: int, max_new_tokens: int) 
 
     length = fitting_length(llm, length, max_new_tokens)
     return [encode_sample(llm.tokenizer, sample, length).token_ids for sample in samples]
+
+
+def _encode(llm: LLM, name: str, text: str) -> list[int]:
+    """Raises ContextLengthError naming the prompt."""
+    from lazyahead.inputs import naming
+
+    with naming(name):
+        return llm.encode(text).token_ids
 
 
 def _lines(path: Path | None, n: int | None, length: int | None) -> list[str]:

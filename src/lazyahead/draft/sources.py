@@ -75,14 +75,27 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             values = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"{path}, line {number} is not JSON: {error}") from None
         if not isinstance(values, dict):
             raise RequestError(f"{path}, line {number} is not a JSON object")
+        for field, value in values.items():
+            _check_field(f"{path}, line {number}", field, value)
         num_found += 1
         yield number, values
     if not num_found:
         raise RequestError(f"{path} is empty; write one JSON object a line")
+
+
+def _check_field(where: str, name: str, value: object) -> None:
+    """Raises RequestError for a field whose texts UTF-8 cannot hold: with half a character."""
+    try:
+        json.dumps([name, value], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RequestError(
+            f"{where}: {name!a} has half a character (a lone surrogate), which no UTF-8 text can "
+            "hold; write its whole pair"
+        ) from None
 
 
 def _sequence(

@@ -55,6 +55,13 @@ class Attachment:
         finally:
             self._leave()
 
+    @contextmanager
+    def guarded(self, model: PreTrainedModel) -> Iterator[None]:
+        """Inside, plain calls of the model that other threads begin wait for the end."""
+        with self.lock, ExitStack() as stack:
+            self._guard(model, stack)
+            yield
+
     def _enter(
         self, model: PreTrainedModel, owner: Any, hook_up: Callable[[ExitStack], None]
     ) -> None:
@@ -75,13 +82,16 @@ class Attachment:
 
     def _hook(self, model: PreTrainedModel, hook_up: Callable[[ExitStack], None]) -> None:
         with ExitStack() as stack:
-            stack.callback(model.register_forward_pre_hook(self._begin_plain).remove)
-            after = model.register_forward_hook(self._end_plain, always_call=True)
-            stack.callback(after.remove)
+            self._guard(model, stack)
             hook_up(stack)
             if self.packed is not None:
                 stack.enter_context(self.packed.attached())
             self._hooks = stack.pop_all()
+
+    def _guard(self, model: PreTrainedModel, stack: ExitStack) -> None:
+        stack.callback(model.register_forward_pre_hook(self._begin_plain).remove)
+        after = model.register_forward_hook(self._end_plain, always_call=True)
+        stack.callback(after.remove)
 
     def _begin_plain(self, module: nn.Module, args: Any) -> None:
         if current.get() is not None:

@@ -46,7 +46,7 @@ def load(
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    target = _device(device)
+    target, name = _device(device), _expanded(name)
     if is_gguf(name):
         return load_gguf(name, dtype, target)
     _check_folder(name)
@@ -71,6 +71,8 @@ def load(
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a folder or hub name alone. Raises ModelError when it cannot be loaded."""
+    name = _expanded(name)
+    _check_there(name, "tokenizer")
     try:
         return _nearest(
             name,
@@ -177,14 +179,25 @@ def _device(name: str) -> torch.device:
         raise ConfigError(f"device {name!r} cannot be used: {_first_line(error)}") from None
 
 
+def _expanded(name: str) -> str:
+    return str(Path(name).expanduser()) if name.startswith("~/") else name
+
+
+def _check_there(name: str, what: str) -> None:
+    """Raises ModelNotFoundError for a path that does not exist; a hub name is no path."""
+    if Path(name).exists():
+        return
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+        raise ModelNotFoundError(
+            f"no {what} at {name!r}; check the path, or give a hub name as owner/name"
+        )
+
+
 def _check_folder(name: str) -> None:
     """What traces like a path must be a folder with a config and safetensors weights."""
+    _check_there(name, "model folder")
     folder = Path(name)
     if not folder.exists():
-        if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
-            raise ModelNotFoundError(
-                f"no model folder at {name!r}; check the path, or give a hub name as owner/name"
-            )
         return
     if not folder.is_dir():
         raise ModelNotFoundError(
@@ -202,6 +215,7 @@ def _check_folder(name: str) -> None:
 
 def model_config(name: str) -> Any:
     """The config alone. Raises as `load`."""
+    name = _expanded(name)
     if is_gguf(name):
         return gguf_config(name)
     _check_folder(name)

@@ -54,6 +54,8 @@ class ModelSpec:
 
     layer_list: nn.ModuleList
     """The module list that holds the layers."""
+    members: tuple[nn.Module, ...]
+    """All that stood in it, in order."""
     layers: tuple[nn.Module, ...]
     """Those that attend, in order; layers that run only beside pictures or sound are left out."""
     head: nn.Module
@@ -77,11 +79,10 @@ class ModelSpec:
         return len(self.layers)
 
     def is_current(self, model: PreTrainedModel) -> bool:
-        """Whether the model still has the head and the layers that were inspected."""
-        members = {id(member) for member in self.layer_list}
+        """Whether the model still has the head and the layers that were inspected, in order."""
+        same = [*map(id, self.layer_list)] == [*map(id, self.members)]
         has_list = any(module is self.layer_list for module in model.modules())
-        has_layers = has_list and all(id(layer) in members for layer in self.layers)
-        return has_layers and model.get_output_embeddings() is self.head
+        return same and has_list and model.get_output_embeddings() is self.head
 
     @property
     def layer_types(self) -> tuple[str, ...]:
@@ -122,6 +123,7 @@ def inspect_model(model: PreTrainedModel) -> ModelSpec:
     )
     return ModelSpec(
         layer_list=layer_list,
+        members=tuple(layer_list),
         layers=layers,
         head=head,
         configs=all_configs(model),
@@ -137,9 +139,8 @@ def inspect_model(model: PreTrainedModel) -> ModelSpec:
 def declared_types(model: PreTrainedModel) -> tuple[str, ...]:
     """Layer types as the config names them; empty where it does not."""
     config = model.config.get_text_config()
-    return tuple(
-        getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
-    )
+    names = ("layer_types", "layers_block_type")
+    return tuple(next((kinds for name in names if (kinds := getattr(config, name, None))), ()))
 
 
 def _traces(model: PreTrainedModel) -> tuple[Trace, Trace]:
@@ -204,7 +205,8 @@ def _check_call(index: int, call: AttentionCall, num_tokens: int) -> None:
         raise Unfit(f"layer {index} passes {', '.join(unknown)} to its attention")
     if call.query.shape[2] != num_tokens or call.keys.shape[2] != num_tokens:
         raise Unfit(
-            f"layer {index} attends with {call.query.shape[2]} rows to {call.keys.shape[2]} keys of its own"
+            f"layer {index} attends with {call.query.shape[2]} rows to {call.keys.shape[2]} keys "
+            "of its own"
         )
     if call.extras.get("is_causal") is False or not isinstance(call.mask, MaskRule):
         raise Unfit(f"layer {index} does not take its mask from transformers' mask interface")
@@ -214,7 +216,7 @@ def _check_call(index: int, call: AttentionCall, num_tokens: int) -> None:
 
 
 def _reaches(calls: Sequence[AttentionCall], context: int) -> list[tuple[int | None, int | None]]:
-    """Window and chunk of each layer, read off its mask rule; layers with one rule are asked once."""
+    """Window and chunk of each layer, read off its mask rule; each rule is read once."""
     known: dict[int, tuple[int | None, int | None]] = {}
     for index, call in enumerate(calls):
         rule, device = call.mask.rule, call.query.device

@@ -106,7 +106,7 @@ class PlainRunner:
         }
         if not kept:
             raise LazyAheadError(
-                f"{type(self.model).__name__} hands back no cache, so it cannot go on from its prompt"
+                f"{type(self.model).__name__} returns no cache, so it cannot go on from its prompt"
             )
         logits: Tensor = output.logits[0]
         return logits[logits.shape[0] - num_last :], kept

@@ -61,7 +61,7 @@ def examine(model: PreTrainedModel) -> tuple[Support, ModelSpec | None]:
         known = _known.get(model)
         if known is not None and (known[1] is None or known[1].is_current(model)):
             return known
-        with uncompiled():
+        with attachment_of(model).guarded(model), uncompiled():
             support, spec, is_final = _examine(model)
         if is_final:
             _known[model] = support, spec

@@ -70,7 +70,7 @@ _notes: ContextVar[list[AttentionCall] | None] = ContextVar("lazyahead_notes", d
 
 @torch.no_grad()
 def trace(model: PreTrainedModel, num_tokens: int) -> Trace:
-    """Runs the model on `num_tokens` tokens. Its own attention and hooks are as before afterwards."""
+    """Runs the model on `num_tokens` tokens. Attention and hooks are as before afterwards."""
     AttentionInterface.register(_NAME, _note)
     AttentionMaskInterface.register(_NAME, _mask)
     seen = Trace(num_tokens, [], {})

@@ -29,6 +29,7 @@ from lazyahead.engine.request import Request
 from lazyahead.errors import RequestError
 from lazyahead.hf.plain_tensors import plain_tensors
 from lazyahead.hf.unwrap import unwrap
+from lazyahead.inputs import as_decode, as_prefill
 from lazyahead.integrations.hf_batch import (
     across_rows,
     check_reads_whole,
@@ -53,10 +54,11 @@ class Accelerated:
 @contextmanager
 def accelerate(
     model: PreTrainedModel,
-    prefill: LazyPrefill | None = LazyPrefill(),  # noqa: B008 (frozen)
-    decode: Lookahead | Drafter | None = None,
+    prefill: LazyPrefill | str | None = LazyPrefill(),  # noqa: B008 (frozen)
+    decode: Lookahead | Drafter | str | None = None,
 ) -> Iterator[Accelerated]:
     """Inside, `model.generate` reads lazily and writes ahead; every other line stays as it was.
+    `prefill` and `decode` as for `LLM`.
 
     Generation config, logits processors, stopping criteria, streamers and left-padded batches are
     honoured; what cannot be raises RequestError naming it. Processors and criteria that are not
@@ -65,9 +67,9 @@ def accelerate(
     counts. Raises UnsupportedModelError on entry when the model cannot do what is asked. After the
     block, also after an exception, the model is as before.
     """
-    inner = unwrap(model)
+    inner, reading, writing = unwrap(model), as_prefill(prefill), as_decode(decode)
     with plain_tensors():
-        accelerated = Accelerated(engine_for(inner, None, prefill, decode))
+        accelerated = Accelerated(engine_for(inner, None, reading, writing))
     patch = open_block(inner, accelerated, partial(_generate, inner))
     try:
         yield accelerated
@@ -99,16 +101,18 @@ def _generate(
 
 
 def custom_generate(
-    prefill: LazyPrefill | None = LazyPrefill(),  # noqa: B008 (frozen)
-    decode: Lookahead | Drafter | None = None,
+    prefill: LazyPrefill | str | None = LazyPrefill(),  # noqa: B008 (frozen)
+    decode: Lookahead | Drafter | str | None = None,
     streamer: Any = None,
 ) -> Callable[..., Any]:
     """For `model.generate(..., custom_generate=custom_generate())`. Give the streamer here:
     transformers keeps it."""
 
+    reading, writing = as_prefill(prefill), as_decode(decode)
+
     def method(model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Any:
         with plain_tensors():
-            accelerated = Accelerated(engine_for(model, None, prefill, decode))
+            accelerated = Accelerated(engine_for(model, None, reading, writing))
         return _Method(accelerated, streamer)(model, input_ids, **kwargs)
 
     return method

@@ -58,8 +58,24 @@ def refuse(
 
 
 def _is_transformers_own(cache: Any) -> bool:
-    """Whether `generate` made it for this call: it marks what it was given."""
-    return isinstance(cache, Cache) and not getattr(cache, "_is_user_defined", False)
+    """Whether `generate` made it for this call: it marks what it was given, where it is new enough,
+    and its own is empty."""
+    is_own = isinstance(cache, Cache) and not getattr(cache, "_is_user_defined", False)
+    return is_own and not any(map(_remembers, cache.layers))
+
+
+def _remembers(layer: Any) -> bool:
+    """Whether a layer of a cache holds keys or a state."""
+    states = getattr(layer, "has_previous_state", {})
+    known = states.values() if isinstance(states, dict) else states
+    return any(known) or (bool(getattr(layer, "is_initialized", False)) and _length(layer) > 0)
+
+
+def _length(layer: Any) -> int:
+    try:
+        return int(layer.get_seq_length())
+    except (AttributeError, NotImplementedError):  # a state alone has none
+        return 0
 
 
 _KNOWN = {

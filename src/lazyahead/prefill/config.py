@@ -193,7 +193,8 @@ def _check_schedule(schedule: Schedule, needs_attention: bool) -> None:
             raise ConfigError(f"depth must be in 0..1 (a fraction of the layers), got {depth}")
         if depth == 0 and needs_attention:
             raise ConfigError(
-                "depth 0 lies before the first attention, so nothing can be scored there; use 0.05 or more"
+                "depth 0 lies before the first attention, so nothing can be scored there; "
+                "use 0.05 or more"
             )
         if not (is_number(ratio) and 0 < ratio <= 1):
             raise ConfigError(f"keep ratio must be above 0 and at most 1, got {ratio}")

@@ -1,8 +1,9 @@
 """Scorers: how much each prompt token matters to the last rows of the prompt.
 
 A scorer needs two members: `window_size`, the number of last rows whose attention it reads, and
-`__call__(attention, positions)`, which turns that attention into one score a token. To add one, write a frozen dataclass with these two members and
-pass it as `LazyPrefill(scorer=...)`; put it into `SCORERS` to let profiles on disk name it.
+`__call__(attention, positions)`, which turns that attention into one score a token. To add one,
+write a frozen dataclass with these two members and pass it as `LazyPrefill(scorer=...)`; put it
+into `SCORERS` to let profiles on disk name it.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def best(scores: Tensor, pool: Tensor, protected: Tensor, count: int) -> Tensor:
 
 
 def demanded(scores: Tensor, stashed: Tensor, threshold: float, limit: int) -> Tensor:
-    """Demand: stashed tokens that score above `threshold`, the `limit` best of them. A mask (N,)."""
+    """Demand: the `limit` best stashed tokens that score above `threshold`. A mask (N,)."""
     hits = stashed & (scores > threshold)
     if int(hits.sum()) <= limit:
         return hits

@@ -232,8 +232,8 @@ def check_length(tokenizer: Tokenizer, text: str, max_tokens: int) -> None:
         if count > 2 * max_tokens:
             about = count * len(text) // (start + len(piece))
             raise ContextLengthError(
-                f"the text of {len(text)} characters has about {about} tokens, and the model's "
-                f"context {max_tokens}; shorten it"
+                f"the text of {len(text)} characters has about {about} tokens, more than the "
+                f"model's context of {max_tokens}; shorten it"
             )
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from lazyahead.config import LazyPrefill
 from lazyahead.errors import ConfigError, RequestError, UnsupportedModelError
 from lazyahead.hf.probe import examine
+from lazyahead.inputs import naming
 from lazyahead.llm import LLM
 from lazyahead.prefill.cost import ModelCost
 from lazyahead.prefill.schedule import Schedule
@@ -94,7 +95,7 @@ def tune(
             f"agree is the least fraction of answers that must stay, above 0 and at most 1, "
             f"got {agree}"
         )
-    lengths = [len(llm.encode(task.text, task.question).token_ids) for task in tasks]
+    lengths = [_length(llm, task) for task in tasks]
     fitting = [
         task for task, length in zip(tasks, lengths, strict=True) if length >= base.min_tokens
     ]
@@ -131,6 +132,12 @@ def scorers(first: Scorer) -> list[Scorer]:
     return list(
         dict.fromkeys(scorer for scorer in (first, LastToken(), *kinds) if scorer.window_size)
     )
+
+
+def _length(llm: LLM, task: Task) -> int:
+    """Tokens of its prompt. Raises ContextLengthError naming it."""
+    with naming(task.name):
+        return len(llm.encode(task.text, task.question).token_ids)
 
 
 class _Tuning:
