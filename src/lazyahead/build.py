@@ -28,7 +28,9 @@ def engine_for(
     prefill_chunk_size: int = 512,
     packed: bool | None = False,
 ) -> Engine:
-    """`packed`: whether linear layers use packed weights (None: where memory allows). Raises UnsupportedModelError, naming the family and the reason, when the model cannot do what
+    """`packed`: whether linear layers use packed weights (None: where memory allows).
+
+    Raises UnsupportedModelError, naming the family and the reason, when the model cannot do what
     is asked."""
     support, spec = examine(model)
     name = f"{model.config.name_or_path or type(model).__name__} ({support.model_type})"
