@@ -71,8 +71,11 @@ PREFILLS: dict[str, LazyPrefill | None] = {
 
 @cache
 def tiny(family: str) -> tuple[PreTrainedModel, ModelSpec]:
-    """A tiny model of the family and its parts."""
-    model = families.FAMILIES[family]()
+    """A tiny model of the family and its parts; `family:bfloat16` names its numbers too."""
+    name, _, dtype = family.partition(":")
+    model = families.FAMILIES[name]()
+    if dtype:
+        model.to(getattr(torch, dtype))
     spec = examine(model)[1]
     assert spec is not None
     return model, spec

@@ -1,5 +1,6 @@
 """The cost model: what it says is what a run of the engine is counted to do."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lazyahead import LLM, LazyPrefill
 from lazyahead.bench.methods import Cost
+from lazyahead.cache import kv
+from lazyahead.hf import packed, steady
 from lazyahead.hf.probe import examine
 from lazyahead.prefill.cost import (
     LayerCost,
@@ -70,6 +73,17 @@ def attention_flops(query, key, value, *args, out_val=None, **kwargs):
     else:
         pairs = rows * keys
     return 2 * heads * pairs * (size + value.shape[-1])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def exactly_what_is_needed() -> Iterator[None]:
+    """Attention over keys in one row, whose kernels skip what no row sees, and no rows that fill a
+    pass up: work in whole blocks is more than the formula says."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv, "BLOCKED_DTYPES", ())
+        patch.setattr(steady, "FEWEST_ROWS", 1)
+        patch.setenv(packed.ENVIRONMENT, "0")  # the counter does not know packed products
+        yield
 
 
 attention_flops._get_raw = True  # the counter then passes tensors instead of shapes

@@ -1,6 +1,7 @@
 """The attention function against the definition, written out key by key in float64."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,16 +10,28 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lazyahead.cache import kv as kv_module
 from lazyahead.cache.kv import LayerKV
-from lazyahead.hf.attention import (
-    AttentionParams,
-    LocalWindow,
-    QueryRows,
-    attend,
-    attention_weights,
-)
+from lazyahead.hf import attention
+from lazyahead.hf.rows import AttentionParams, LocalWindow, QueryRows
+from lazyahead.hf.scores import attention_weights
 
 SIZE = 8
+
+
+def attend(query: Tensor, kv: LayerKV, rows: QueryRows, heads: AttentionParams) -> Tensor:
+    """(1, H, T, D_v), the rows' own keys being the last of the layer."""
+    own = kv.keys[:, :, len(kv) - query.shape[2] :]
+    return attention.attend(query, own, kv, rows, heads).transpose(1, 2)
+
+
+@pytest.fixture(params=["blocks", "one row"], autouse=True, scope="module")
+def layout(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Keys in blocks, as on the CPU, and in one row, as on other devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "one row":
+            patch.setattr(kv_module, "BLOCKED_DTYPES", ())
+        yield
 
 
 def sees(query: int, key: int, heads: AttentionParams) -> bool:

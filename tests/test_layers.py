@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent / "src" / "lazyahead"
 FLOORS = [
     ["errors", "checks", "sampling", "text", "report"],
     ["draft", "results", "prefill.schedule", "prefill.score", "prefill.select", "stream"],
-    ["cache.safetensors_header"],
+    ["cache.safetensors_header", "cache.blocks"],
     ["prefill.config", "config", "strategies", "prefill.progress", "cache.kv", "cache.stash"],
     ["inputs"],
     ["hf"],

@@ -17,7 +17,10 @@ from lazyahead.config import LazyPrefill
 from lazyahead.llm import LLM
 from lazyahead.reader import CATEGORIES
 
-FIELDS = {"prompts", "tokens", "diverged", "first_divergence", "dtype", "checks", "tokens_per_step"}
+FIELDS = {
+    *("prompts", "tokens", "diverged", "first_divergence", "first_gap", "dtype", "checks"),
+    "tokens_per_step",
+}
 TEXT = "The code of the red door is 417. "
 
 
@@ -79,7 +82,7 @@ def test_it_tells_where_answers_part_and_how_near_they_were(model, prompts, monk
     values = verified(capsys, "-m", model, "--prompts", prompts, "--max-new-tokens", "4", code=1)
     first = values["first_divergence"]
     assert (first["check"], first["prompt"], first["token"], first["left"]) == ("keep_all", 0, 2, 7)
-    assert first["logit_gap"] < 0
+    assert first["logit_gap"] == values["first_gap"] < 0
     assert values["checks"] == {"keep_all": 3, "drafting": 0, "sampled": 0}
     assert (values["prompts"], values["diverged"]) == (3, 3)
     assert run(["verify", "-m", model, "--prompts", prompts, "--max-new-tokens", "4"]) == 1
@@ -108,6 +111,18 @@ def test_a_parting_of_drafts_is_weighed_by_the_logits_of_lazy_reading(model, mon
         9,
     )
     assert first["logit_gap"] > 0
+
+
+def test_real_prompts_come_from_a_data_file(model, capsys, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"question_id": i, "category": c, "turns": [TEXT * 9]} for i, c in enumerate("aab")]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    options = ("-m", model, "--dtype", "bfloat16", "--data", str(path), "--max-new-tokens", "12")
+    values = verified(capsys, *options)
+    assert (values["prompts"], values["dtype"]) == (3, "bfloat16")
+    assert values["checks"]["drafting"] == values["checks"]["sampled"] == 0
+    assert verified(capsys, *options, "--n", "1")["prompts"] == 2
+    assert run(["verify", "-m", model, "--data", str(path), "--prompts", str(path)]) == 2
 
 
 def test_prompts_that_part_later_are_counted_from_the_first_batch_on():

@@ -26,8 +26,11 @@ def engine_for(
     prefill: LazyPrefill | None,
     decode: Lookahead | Drafter | None,
     prefill_chunk_size: int = 512,
+    packed: bool | None = False,
 ) -> Engine:
-    """Raises UnsupportedModelError, naming the family and the reason, when the model cannot do what
+    """`packed`: whether linear layers use packed weights (None: where memory allows).
+
+    Raises UnsupportedModelError, naming the family and the reason, when the model cannot do what
     is asked."""
     support, spec = examine(model)
     name = f"{model.config.name_or_path or type(model).__name__} ({support.model_type})"
@@ -41,6 +44,7 @@ def engine_for(
             raise UnsupportedModelError(f"{name} can only decode: {support.reason}; {remedy}")
         return Engine(PlainRunner(model), None, None)
     runner = Runner(model, spec)
+    runner.pack(packed)
     owner = partial(owner_of, model, tokenizer)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     strategy = strategy_for(decode, owner, vocab_size)

@@ -38,7 +38,9 @@ class LLM:
     `model` is a folder, a hub name, or a loaded model, also inside `torch.compile` or PEFT's
     adapters (then give its `tokenizer`, or pass prompts as token ids); None is the built-in reader.
     `prefill` and `decode` are the two strategies, as configs or by name (`"balanced"`,
-    `"lookahead"`, `"off"`); None is plain. `decode` may also be a drafter of your own. Raises
+    `"lookahead"`, `"off"`); None is plain. `decode` may also be a drafter of your own. `packed`
+    lets linear layers on the CPU use weights packed for it, beside the plain ones: None does so
+    where twice their bytes are free, unless the environment says LAZYAHEAD_PACKED=0. Raises
     ModelError when the model cannot be loaded or does not support what was asked.
     """
 
@@ -52,6 +54,7 @@ class LLM:
         prefill: LazyPrefill | str | None = LazyPrefill(),  # noqa: B008 (frozen)
         decode: Lookahead | Drafter | str | None = None,
         prefill_chunk_size: int = 512,
+        packed: bool | None = None,
     ) -> None:
         self.prefill, self.decode = as_prefill(prefill), as_decode(decode)
         if isinstance(tokenizer, str | Path):
@@ -67,7 +70,12 @@ class LLM:
         with plain_tensors():
             self.support = probe(self.model)
             self.engine = engine_for(
-                self.model, self.tokenizer, self.prefill, self.decode, prefill_chunk_size
+                self.model,
+                self.tokenizer,
+                self.prefill,
+                self.decode,
+                prefill_chunk_size,
+                packed,
             )
         self.max_context = max_context(self.model)
         self.eos_ids = eos_ids(self.model, self.tokenizer)

@@ -88,6 +88,7 @@ class Agreement:
             "tokens": self.num_tokens,
             "diverged": sum(map(len, self.divergences.values())),
             "first_divergence": self._first,
+            "first_gap": None if self._first is None else self._first["logit_gap"],
             "dtype": str(self._llm.model.dtype).removeprefix("torch."),
             "checks": {check: len(found) for check, found in self.divergences.items()},
             "not_checked": None if "drafting" in self.divergences else self._llm.support.reason,

@@ -3,8 +3,15 @@ of need."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
 
+from lazyahead.cache.blocks import Blocks
+
+BLOCKED_DTYPES = (torch.bfloat16, torch.float32)
+"""Numbers for which products on the CPU give a row the same bits in any company."""
 _SLACK = 256
 """Free slots behind a prompt, so that a short answer never moves it."""
 _STEP = 4096
@@ -85,29 +92,46 @@ class GrowableTensor:
 
 
 class LayerKV:
-    """What one layer remembers of one request. Slots are in order of computation, not of position."""
+    """What one layer remembers of one request. Slots are in order of computation, not of position.
+
+    Keys and values lie in blocks where attention goes block by block (on the CPU, in
+    `BLOCKED_DTYPES`), else in one row."""
 
     __slots__ = ("_keys", "_positions", "_values")
 
     def __init__(self) -> None:
-        self._keys, self._values, self._positions = (
-            GrowableTensor(dim=2),
-            GrowableTensor(dim=2),
-            GrowableTensor(),
-        )
+        self._keys: Blocks | GrowableTensor | None = None
+        self._values: Blocks | GrowableTensor | None = None
+        self._positions = GrowableTensor()
 
     def __len__(self) -> int:
         return len(self._positions)
 
     @property
+    def is_blocked(self) -> bool:
+        """Whether keys and values lie in blocks."""
+        return isinstance(self._keys, Blocks)
+
+    @property
+    def key_blocks(self) -> Blocks:
+        assert isinstance(self._keys, Blocks)
+        return self._keys
+
+    @property
+    def value_blocks(self) -> Blocks:
+        assert isinstance(self._values, Blocks)
+        return self._values
+
+    @property
     def keys(self) -> Tensor:
-        """(1, H_kv, N, D)"""
-        return self._keys.rows
+        """(1, H_kv, N, D), a copy where they lie in blocks. Raises RuntimeError before the first
+        append."""
+        return _rows(self._keys)
 
     @property
     def values(self) -> Tensor:
-        """(1, H_kv, N, D_v)"""
-        return self._values.rows
+        """(1, H_kv, N, D_v), as `keys`."""
+        return _rows(self._values)
 
     @property
     def positions(self) -> Tensor:
@@ -116,10 +140,15 @@ class LayerKV:
 
     @property
     def nbytes(self) -> int:
-        return self._keys.nbytes + self._values.nbytes + self._positions.nbytes
+        return sum(part.nbytes for part in self._parts())
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Adds T slots: keys and values (1, H_kv, T, D), positions (T,)."""
+        if self._keys is None or self._values is None:
+            if keys.device.type == "cpu" and keys.dtype in BLOCKED_DTYPES:
+                self._keys, self._values = Blocks(for_keys=True), Blocks()
+            else:
+                self._keys, self._values = GrowableTensor(dim=2), GrowableTensor(dim=2)
         self._keys.append(keys)
         self._values.append(values)
         self._positions.append(positions)
@@ -128,7 +157,7 @@ class LayerKV:
         """Of the last `num_drafts` slots keeps those at `accepted` (offsets into them; None: none),
         in place."""
         base = len(self) - num_drafts
-        for part in (self._keys, self._values, self._positions):
+        for part in self._parts():
             if accepted is None:
                 part.cut(base)
             else:
@@ -138,6 +167,17 @@ class LayerKV:
         """Forgets tokens at position `num_tokens` and later. Returns the slots (old numbering) that
         stayed."""
         stay = (self.positions < num_tokens).nonzero()[:, 0]
-        for part in (self._keys, self._values, self._positions):
+        for part in self._parts():
             part.keep(0, stay)
         return stay
+
+    def _parts(self) -> Iterator[Blocks | GrowableTensor]:
+        for part in (self._keys, self._values, self._positions):
+            if part is not None:
+                yield part
+
+
+def _rows(part: Blocks | GrowableTensor | None) -> Tensor:
+    if part is None:
+        raise RuntimeError("nothing was appended yet")
+    return part.dense() if isinstance(part, Blocks) else part.rows

@@ -22,6 +22,11 @@ OMP_ADVICE = (
     "as this command does: idle threads then sleep instead of spinning."
 )
 
+NOT_EXACT = (
+    "Here a product's rows depend in their last bits on how many they are: drafted, batched and "
+    "plain answers may differ where two tokens are nearly tied."
+)
+
 
 def doctor(
     model: options.Model = None,
@@ -35,6 +40,7 @@ def doctor(
 
     from lazyahead.hf.load import load, max_context
     from lazyahead.hf.probe import Support, probe
+    from lazyahead.hf.steady import fewest_rows, is_steady
     from lazyahead.reader import reader_path
 
     where = (torch.device("cpu"), torch.get_default_dtype())
@@ -50,6 +56,7 @@ def doctor(
             more = {
                 "num_parameters": sum(parameter.numel() for parameter in loaded.parameters()),
                 "max_context": max_context(loaded),
+                "exact": fewest_rows(*where) > 1 and is_steady(loaded.dtype),
                 "chat_template": bool(tokenizer.chat_template),
             }
     fields = {**_support_fields(support), **more}
@@ -61,6 +68,8 @@ def doctor(
     else:
         _show(values["model"], {**fields, **values["machine"]})
         note(OMP_ADVICE)
+        if not fields.get("exact", True):
+            note(NOT_EXACT)
 
 
 def _support_fields(support: Support) -> dict[str, Any]:

@@ -11,17 +11,19 @@ from rich.console import Console
 
 from lazyahead.cli import INTERRUPTED, options
 from lazyahead.cli.input import parse_path
-from lazyahead.cli.output import Interrupt, print_json, record
+from lazyahead.cli.output import Interrupt, note, print_json, record
 from lazyahead.cli.progress import progress
 from lazyahead.errors import RequestError
 from lazyahead.strategies import parse_prefill
 from lazyahead.text import read_text
 
 if TYPE_CHECKING:
+    from lazyahead.bench.data.sample import Sample
     from lazyahead.llm import LLM
 
 NUM_PROMPTS = 6
 LENGTH = 512
+DATA_LENGTH = 2048
 BATCH = 16
 """Prompts that are answered at once; bounds memory."""
 WORDS = {
@@ -40,12 +42,29 @@ def verify(
             help="File with one prompt a line. Left out: questions of the reader's world.",
         ),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Real prompts instead: a JSONL file or a folder of them, in the format of "
+            "Spec-Bench, LongBench, BABILong, or with `prompt`.",
+        ),
+    ] = None,
     n: Annotated[
-        int | None, typer.Option("--n", min=1, help=f"How many of those. Left out: {NUM_PROMPTS}.")
+        int | None,
+        typer.Option(
+            "--n",
+            min=1,
+            help=f"How many of the reader's questions (left out: {NUM_PROMPTS}), or of each "
+            "category of --data (left out: all).",
+        ),
     ] = None,
     length: Annotated[
         int | None,
-        typer.Option(min=256, help=f"Their length, in tokens of the reader. Left out: {LENGTH}."),
+        typer.Option(
+            min=256,
+            help=f"Their length, in tokens of the reader (left out: {LENGTH}); of --data, the "
+            f"longest, in tokens of the model (left out: {DATA_LENGTH}).",
+        ),
     ] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -58,19 +77,23 @@ def verify(
 
     Ctrl-C ends it after the current batch and prints what was found so far.
     """
+    if prompts is not None and data is not None:
+        raise RequestError(f"give --prompts {prompts} or --data {data}, not both")
     texts = _lines(prompts, n, length)
+    samples = _samples(data, n) if data is not None else []
     rule = parse_prefill(prefill or "balanced")
     llm = options.Loading(model, dtype, device, prefill="off", decode="off").load()
-    count = n or NUM_PROMPTS
-    length = length or LENGTH
     with options.quiet_transformers():
         from lazyahead.bench.agreement import Agreement, own_prompts
 
-        token_ids = (
-            [_encode(llm, f"prompt {place}", text) for place, text in enumerate(texts, 1)]
-            if texts
-            else own_prompts(llm, count, length)
-        )
+        if texts:
+            token_ids = [
+                _encode(llm, f"prompt {place}", text) for place, text in enumerate(texts, 1)
+            ]
+        elif samples:
+            token_ids = _encoded(llm, samples, length or DATA_LENGTH, max_new_tokens)
+        else:
+            token_ids = own_prompts(llm, n or NUM_PROMPTS, length or LENGTH)
         agreement = Agreement(llm, rule, max_new_tokens)
         with Interrupt() as interrupt, progress("answering") as report:
             for start in range(0, len(token_ids), BATCH):
@@ -87,8 +110,36 @@ def verify(
         _show(fields)
     if interrupt.came:
         raise typer.Exit(INTERRUPTED)
-    if fields["diverged"] and fields["dtype"] == "float32":
+    if any(fields["checks"][check] for check in _promised(llm)):
         raise typer.Exit(1)
+
+
+def _promised(llm: LLM) -> list[str]:
+    """The checks that may not find a difference on this model's device and dtype."""
+    from lazyahead.hf.steady import fewest_rows
+
+    if str(llm.model.dtype) == "torch.float32":
+        return [check for check in WORDS if llm.support.level == "full" or check == "keep_all"]
+    is_steady = fewest_rows(llm.model.device, llm.model.dtype) > 1
+    return ["drafting", "sampled"] if is_steady and llm.support.level == "full" else []
+
+
+def _samples(path: Path, n: int | None) -> list[Sample]:
+    """The first `n` prompts of each category of a file or folder; all without `n`."""
+    from lazyahead.bench.data.read import read_samples, take
+
+    found = read_samples(path)
+    for line in found.left_out:
+        note(f"left out {line}")
+    return list(found.samples) if n is None else take(found.samples, n, "category")
+
+
+def _encoded(llm: LLM, samples: list[Sample], length: int, max_new_tokens: int) -> list[list[int]]:
+    from lazyahead.bench.data.encode import encode_sample
+    from lazyahead.bench.real_text import fitting_length
+
+    length = fitting_length(llm, length, max_new_tokens)
+    return [encode_sample(llm.tokenizer, sample, length).token_ids for sample in samples]
 
 
 def _encode(llm: LLM, name: str, text: str) -> list[int]:
@@ -131,5 +182,5 @@ def _show(fields: dict[str, Any]) -> None:
             console.print(
                 f"The logits of the two tokens there are {abs(first['logit_gap']):.2g} apart."
             )
-        if fields["dtype"] != "float32":
-            console.print("Identity is promised in float32 only: try --dtype float32.")
+        if fields["dtype"] != "float32" and first["check"] == "keep_all":
+            console.print("Identity with transformers is promised in float32 only.")

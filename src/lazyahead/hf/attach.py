@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lazyahead.hf.batch import Batch
+from lazyahead.hf.packed import Packed, packed_of
 
 current: ContextVar[Batch | None] = ContextVar("lazyahead_batch", default=None)
 """The pass that runs in this context; None outside passes."""
@@ -30,9 +31,17 @@ class Attachment:
         """Held during every pass, probe and plain call."""
         self.owner: Any = None
         """What the hooks were made for; another owner gets new ones."""
+        self.packed: Packed | None = None
+        """Packed weights that linear layers use while hooks are in place."""
         self._count = 0
         self._hooks = ExitStack()
         self._plain = threading.local()
+
+    def pack(self, model: PreTrainedModel, wanted: bool | None) -> None:
+        """Packs the weights, once for all engines, where `packed_of` says so."""
+        with self.lock:
+            if self.packed is None:
+                self.packed = packed_of(model, wanted)
 
     @contextmanager
     def attached(
@@ -75,6 +84,8 @@ class Attachment:
         with ExitStack() as stack:
             self._guard(model, stack)
             hook_up(stack)
+            if self.packed is not None:
+                stack.enter_context(self.packed.attached())
             self._hooks = stack.pop_all()
 
     def _guard(self, model: PreTrainedModel, stack: ExitStack) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +21,23 @@ class Batch:
         segments: Sequence[Segment],
         spec: ModelSpec,
         on_layer: Callable[[int], None] | None = None,
+        fewest_rows: int = 1,
     ) -> None:
+        """A pass of less than `fewest_rows` rows is filled up with copies of its last row."""
         self.segments = segments
         self.spec = spec
         self.on_layer = on_layer
-        self.token_ids = [token for segment in segments for token in segment.token_ids]
+        self.fewest_rows = fewest_rows
+        token_ids = [token for segment in segments for token in segment.token_ids]
+        self.token_ids = token_ids + token_ids[-1:] * (fewest_rows - len(token_ids))
+        """Of the rows that enter, copies included."""
+        self.num_logits = sum(len(segment.logits_indices) for segment in segments)
         self.logits_indices = self._logits_indices()
+        """(R,) rows whose logits are computed: the first `num_logits` are needed."""
         self.boundary_layers = {layer for segment in segments for layer in segment.boundaries}
         self.keeps_token_args = any(segment.token_args is not None for segment in segments)
+        self.tuned: Collection[object] = ()
+        """Attention modules whose queries are scaled by position; set by the runner."""
         # Set by the hooks.
         self.layer = -1
         self._num_changes = 0  # boundaries that changed rows
@@ -44,6 +53,20 @@ class Batch:
     def num_rows(self) -> int:
         """Rows in flight now."""
         return sum(segment.num_rows for segment in self.segments)
+
+    @property
+    def positions(self) -> Tensor:
+        """(1, T) places in the text of the rows that enter."""
+        parts = [segment.entering_positions for segment in self.segments]
+        return self.filled(parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+
+    def filled(self, rows: Tensor, dim: int = 0) -> Tensor:
+        """Rows along `dim` with copies of the last behind them, at least `fewest_rows`."""
+        num = rows.shape[dim]
+        if not 0 < num < self.fewest_rows:
+            return rows
+        last = rows.narrow(dim, num - 1, 1)
+        return torch.cat([rows, *[last] * (self.fewest_rows - num)], dim)
 
     @property
     def is_empty(self) -> bool:
@@ -75,7 +98,7 @@ class Batch:
         if not self.num_rows:
             return hidden[:, :1]
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return rows[None]
+        return self.filled(rows)[None]
 
     def restore(self, hidden: Tensor) -> Tensor:
         """Rows in flight at the end (1, T, d) -> rows that entered (1, T0, d), zeros where a row
@@ -109,12 +132,12 @@ class Batch:
     # --- per-token arguments ----------------------------------------------------------------
 
     def _logits_indices(self) -> Tensor:
-        """(R,) rows of the pass whose logits are needed."""
-        rows = []
+        rows: list[int] = []
         offset = 0
         for segment in self.segments:
             rows += [offset + row for row in segment.logits_indices]
             offset += len(segment.token_ids)
+        rows += rows[-1:] * (self.fewest_rows - len(rows))
         return torch.tensor(rows, dtype=torch.long, device=self.spec.device)
 
     def _keep_token_args(self, key: int) -> None:
@@ -141,7 +164,8 @@ class Batch:
             self._rows_of(spec.key, segment, segment.positions, segment.entered)
             for segment in self.segments
         ]
-        gathered = (parts[0] if len(parts) == 1 else torch.cat(parts)).movedim(0, spec.dim)
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        gathered = self.filled(rows).movedim(0, spec.dim)
         self._gathered[spec.key] = (self._num_changes, gathered)
         return gathered
 

@@ -18,10 +18,12 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from lazyahead.errors import LazyAheadError, OutOfMemoryError
 from lazyahead.hf.attach import attachment_of, current
-from lazyahead.hf.attention import AttentionParams
 from lazyahead.hf.batch import Batch
 from lazyahead.hf.model_spec import ModelSpec
+from lazyahead.hf.rows import AttentionParams
 from lazyahead.hf.segment import Segment
+from lazyahead.hf.steady import fewest_rows
+from lazyahead.hf.temperature import tuned, tuned_modules, untuned
 from lazyahead.hf.trace import switched
 
 ATTENTION = "lazyahead"
@@ -38,7 +40,13 @@ class Runner:
     def __init__(self, model: PreTrainedModel, spec: ModelSpec) -> None:
         self.model = model
         self._spec = spec
+        self._tuned = tuned_modules(spec.layers)
         self._attachment = attachment_of(model)
+
+    def pack(self, wanted: bool | None) -> None:
+        """Packs the weights of linear layers for all runners of this model (None: where memory
+        allows)."""
+        self._attachment.pack(self.model, wanted)
 
     @property
     def spec(self) -> ModelSpec:
@@ -91,19 +99,19 @@ class Runner:
         """
         if self._attachment.owner is not self._spec:
             raise LazyAheadError("the model is not attached; run inside `with runner.attached()`")
-        batch = Batch(segments, self._spec, on_layer)
+        fewest = fewest_rows(self._spec.device, self.model.dtype)
+        batch = Batch(segments, self._spec, on_layer, fewest)
         with self._attachment.lock:
             return self._forward(batch)
 
     def _forward(self, batch: Batch) -> Tensor:
         device = self._spec.device
         ids = torch.tensor([batch.token_ids], device=device)
-        positions = torch.cat([segment.entering_positions for segment in batch.segments])[None]
         token = current.set(batch)
         try:
-            with switched(self._spec.configs, ATTENTION), self._as_new(), uncompiled():
+            with self._switched(batch), self._as_new(), uncompiled():
                 output = self.model(
-                    input_ids=ids, position_ids=positions, use_cache=False, return_dict=True
+                    input_ids=ids, position_ids=batch.positions, use_cache=False, return_dict=True
                 )
         except _AllDeferred:
             return torch.empty(0, 0, device=device)
@@ -119,7 +127,14 @@ class Runner:
                 f"the model returned logits of {logits.shape[0]} rows where "
                 f"{batch.logits_indices.numel()} were asked for; its output head was replaced"
             )
-        return logits
+        return logits[: batch.num_logits]
+
+    @contextmanager
+    def _switched(self, batch: Batch) -> Iterator[None]:
+        """Inside, attention and what it scales queries by are ours."""
+        batch.tuned = self._tuned
+        with switched(self._spec.configs, ATTENTION), untuned(self._tuned):
+            yield
 
     def _as_new(self) -> AbstractContextManager[None]:
         return nullcontext() if self._spec.rope is None else self._spec.rope.as_new()
@@ -213,9 +228,9 @@ def _attention(
     )
     if batch.is_empty:
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None
-    if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):
-        positions = torch.cat([segment.positions for segment in batch.segments])
-        query = _retuned(module, query, positions)
+    if module in batch.tuned:
+        positions = batch.filled(torch.cat([segment.positions for segment in batch.segments]))
+        query = tuned(module, query, positions)
     outputs = []
     start = 0
     for segment in batch.segments:
@@ -225,18 +240,5 @@ def _attention(
         start += segment.num_rows
         parts = (query[:, :, rows], key[:, :, rows], value[:, :, rows])
         outputs.append(segment.attend(batch.layer, *parts, params))
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-    return output.transpose(1, 2).contiguous(), None
-
-
-def _retuned(module: Any, query: Tensor, positions: Tensor) -> Tensor:
-    """Llama 4 scales queries of its layers without rotary positions by their place in the pass;
-    here it is their position in the text that counts."""
-    in_pass = torch.arange(positions.numel(), device=positions.device)
-    applied, meant = (
-        torch.log1p(torch.floor((places.float() + 1.0) / module.floor_scale)) * module.attn_scale
-        + 1.0
-        for places in (in_pass, positions)
-    )
-    retuned: Tensor = query.float() * (meant / applied)[:, None]  # (1, H, T, D)
-    return retuned.to(query.dtype)
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return batch.filled(output, dim=1).contiguous(), None

@@ -8,14 +8,9 @@ import torch
 from torch import Tensor
 
 from lazyahead.cache.kv import GrowableTensor, LayerKV
-from lazyahead.hf.attention import (
-    AttentionParams,
-    LocalWindow,
-    QueryRows,
-    attend,
-    attention_weights,
-    reduce_heads,
-)
+from lazyahead.hf.attention import attend
+from lazyahead.hf.rows import AttentionParams, LocalWindow, QueryRows, Shared
+from lazyahead.hf.scores import attention_weights, reduce_heads
 
 
 class Policy:
@@ -90,8 +85,8 @@ class Segment:
         # Set by the policy at boundaries.
         self.positions = self.entering_positions
         self.entered = torch.arange(len(positions), device=device)
-        # Attention masks by parameters, valid up to the next boundary.
-        self.masks: dict[tuple[AttentionParams, int], Tensor] = {}
+        self.shared = Shared()
+        """Valid up to the next boundary."""
 
     @property
     def num_rows(self) -> int:
@@ -105,25 +100,26 @@ class Segment:
     def attend(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams
     ) -> Tensor:
-        """Appends keys and values (1, H_kv, T, D), returns the output (1, H, T, D_v)."""
+        """Appends keys and values (1, H_kv, T, D), returns the output (1, T, H, D_v)."""
         policy = self.policy
         if policy.is_placeholder:
-            return query.new_zeros(*query.shape[:3], values.shape[-1])
+            num_heads, num_rows = query.shape[1:3]
+            return query.new_zeros(1, num_rows, num_heads, values.shape[-1])
         kv = self.kv[layer]
         kv.append(keys, values, self.positions)
         local = policy.local if layer in policy.local_layers else None
-        rows = QueryRows(self.positions, self.last, self.ancestors, self.masks, local)
+        rows = QueryRows(self.positions, self.last, self.ancestors, self.shared, local)
         num_queries = policy.score_queries.get(layer, 0)
         if num_queries:
             last = query[:, :, -num_queries:]
             weights = attention_weights(last, kv, rows, params)
             policy.observe(layer, reduce_heads(weights, policy.head_reduction))
-        return attend(query, kv, rows, params)
+        return attend(query, keys, kv, rows, params)
 
     def at_boundary(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Asks the policy which rows (T, d) enter `layer`; None where nothing changes."""
         if layer in self.boundaries:
-            self.masks = {}
+            self.shared = Shared()
         if layer not in self.policy.boundary_layers:
             return None
         return self.policy.at_boundary(layer, hidden, self)

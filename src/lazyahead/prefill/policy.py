@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lazyahead.cache.session import Session
 from lazyahead.cache.stash import Stash
-from lazyahead.hf.attention import LocalWindow
+from lazyahead.hf.rows import LocalWindow
 from lazyahead.hf.segment import Segment
 from lazyahead.prefill.boundary import Below, BoundaryPolicy, defer_all, entries_of
 from lazyahead.prefill.config import LazyPrefill

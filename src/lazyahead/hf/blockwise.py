@@ -1,0 +1,103 @@
+"""Attention whose every row has one order of summation, whoever shares its pass, and whose work is
+large products.
+
+A row's keys stand in canonical order: the committed slots, then the row's own path of drafts. They
+lie in blocks of `BLOCK` slots, counted from slot 0. Per block there is one product for the scores,
+one exponential, one sum and one product with the values, and the blocks are added in fp32 in rising
+order. A block that a row does not see adds exact zeros, so it does not matter which blocks a
+neighbour needs. What this asks of the processor: a batched product gives a row the same bits
+whatever the number of rows and of batches.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lazyahead.cache.blocks import BLOCK, EXTRA, Blocks
+from lazyahead.hf.branches import answer_drafts
+from lazyahead.hf.plan import Plan
+from lazyahead.hf.products import LARGE, Work, is_exact
+from lazyahead.hf.rows import AttentionParams
+
+
+def attend(
+    query: Tensor,
+    own: Tensor,
+    keys: Blocks,
+    values: Blocks,
+    layout: Plan,
+    heads: AttentionParams,
+) -> Tensor:
+    """Attention of T rows, query (1, H, T, D), whose own keys `own` (1, H_kv, T, D) stand last in
+    `keys`: (1, T, H, D_v), contiguous, as the projection behind it wants it."""
+    num_heads, num_rows, num_kv = query.shape[1], query.shape[2], own.shape[1]
+    if num_rows == 1 and query.dtype == torch.bfloat16:
+        answer = _one_row(query, own, keys.blocks, values.blocks, layout, heads)
+        if answer is not None:
+            return answer
+    groups = num_heads // num_kv
+    folded = query.view(num_kv, groups, num_rows, -1).transpose(1, 2)  # (H_kv, T, G, D)
+    out = query.new_empty(num_rows, num_kv, groups, values.blocks.shape[-1])
+    _run(Work(folded, own[0], keys, values, layout, heads, out.transpose(0, 1)))
+    return out.view(1, num_rows, num_heads, -1)
+
+
+def _one_row(
+    query: Tensor, own: Tensor, keys: Tensor, values: Tensor, layout: Plan, heads: AttentionParams
+) -> Tensor | None:
+    """A decode step's row, with as few calls as can be and the same arithmetic as `Work`. None: not
+    for this path."""
+    spans = layout.strips[0].spans
+    is_power_of_2 = math.frexp(heads.scaling)[0] == 0.5
+    is_plain = heads.softcap is None and heads.sinks is None and is_power_of_2
+    if not is_plain or len(spans) != 1 or layout.sees_first is not None:
+        return None
+    (block, count, _, biases), num_kv, width = spans[0], own.shape[1], query.shape[3]
+    folded = query.view(num_kv, -1, width)
+    first = keys[0, :, :1, :width]
+    if count < keys.shape[0]:
+        keys, values = keys[block : block + count], values[block : block + count]
+    shift, of_first = ((folded * key).sum(-1, keepdim=True) for key in (own[0], first))
+    shift = torch.maximum(shift, of_first)
+    rows = torch.cat([folded, shift, shift], -1).mul_(heads.scaling)
+    if count > 1:
+        rows = torch.cat([rows] * count)  # several times as fast as `repeat`
+    scores = torch.bmm(rows, keys.view(-1, BLOCK, width + EXTRA).transpose(1, 2))
+    for at, bias in biases:
+        if isinstance(bias, int):
+            scores[at * num_kv : (at + 1) * num_kv, :, bias:] = -torch.inf
+        else:
+            scores[at * num_kv : (at + 1) * num_kv].add_(bias)
+    sums = scores.exp_().sum(-1, keepdim=True).float()
+    answers = torch.bmm(scores, values.view(scores.shape[0], BLOCK, -1)).float()
+    total, *more_sums = torch.split(sums, num_kv)
+    answer, *more_answers = torch.split(answers, num_kv)
+    for part, other in zip(more_sums, more_answers, strict=True):
+        torch._foreach_add_([total, answer], [part, other])
+    if not is_exact(total):
+        return None
+    return (answer / total).to(query.dtype).view(1, 1, query.shape[1], -1)
+
+
+def _run(work: Work) -> None:
+    """All strips, then the drafts on several branches."""
+    num_plain = work.layout.num_plain
+    held = []
+    for strip in work.layout.strips:
+        rows = slice(strip.first, strip.end)
+        shift = work.shift(rows)
+        answer, total = work.strip(work.shifted(rows, shift), strip.spans)
+        if strip.first >= num_plain:
+            held.append((answer, total))
+            continue
+        if not is_exact(total):
+            bad = ~(total < LARGE)
+            shift = torch.where(bad, work.top(work.folded[:, rows], strip.spans), shift)
+            new = work.strip(work.shifted(rows, shift), strip.spans)
+            answer, total = torch.where(bad, new[0], answer), torch.where(bad, new[1], total)
+        work.finish(rows, shift, answer, total)
+    if work.layout.branches is not None:
+        answer_drafts(work, work.layout.branches, held)

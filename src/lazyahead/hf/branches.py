@@ -1,0 +1,78 @@
+"""Drafts on several branches: the last blocks of each path are gathered in canonical order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lazyahead.cache.blocks import BLOCK, Blocks
+from lazyahead.hf.plan import Branches
+from lazyahead.hf.products import LARGE, Sums, Work, enough_rows, is_exact
+
+
+def answer_drafts(work: Work, branches: Branches, held: list[tuple[Tensor, Tensor]]) -> None:
+    """`held` is what the drafts sum up over the blocks that all of them share."""
+    num_plain = work.layout.num_plain
+    rows = slice(num_plain, work.num_rows)
+    keys, values = _gathered(work.keys, branches), _gathered(work.values, branches)
+    shift = work.shift(rows)
+    answer, total = _on_branches(work, branches, work.shifted(rows, shift), held, keys, values)
+    if not is_exact(total):
+        bad = ~(total < LARGE)
+        strips = [strip for strip in work.layout.strips if strip.first >= num_plain]
+        tops = [work.top(work.folded[:, strip.first : strip.end], strip.spans) for strip in strips]
+        top = _top_on_branches(work, branches, work.folded[:, rows], keys)
+        top = torch.maximum(torch.cat(tops, 1), top)
+        shift = torch.where(bad, top, shift)
+        query = work.shifted(rows, shift)
+        parts = [query[:, strip.first - num_plain : strip.end - num_plain] for strip in strips]
+        held = [work.strip(part, strip.spans) for part, strip in zip(parts, strips, strict=True)]
+        new = _on_branches(work, branches, query, held, keys, values)
+        answer, total = torch.where(bad, new[0], answer), torch.where(bad, new[1], total)
+    work.finish(rows, shift, answer, total)
+
+
+def _gathered(part: Blocks, branches: Branches) -> Tensor:
+    """(blocks, H_kv * L, BLOCK, width) the last blocks of each of L paths."""
+    rows = part.wide_at(branches.slots)  # (blocks * L * BLOCK, H_kv, width)
+    by_path = rows.view(-1, branches.rows.shape[0], BLOCK, *rows.shape[1:])
+    return by_path.permute(0, 3, 1, 2, 4).flatten(1, 2)
+
+
+def _on_branches(
+    work: Work,
+    branches: Branches,
+    query: Tensor,
+    held: list[tuple[Tensor, Tensor]],
+    keys: Tensor,
+    values: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Adds the gathered blocks to what the drafts hold of the common ones."""
+    paths, most = branches.rows.shape
+    chosen, count = branches.rows.flatten(), most * work.groups
+
+    def spread(part: Tensor) -> Tensor:  # (H_kv, M, G, x) -> (H_kv * L, Q * G, x)
+        return enough_rows(part[:, chosen].reshape(work.num_kv * paths, count, -1), work.dtype)
+
+    sums = Sums(*(spread(torch.cat(parts, 1)) for parts in zip(*held, strict=True)))
+    scores = work.scores(spread(query), keys)
+    live = scores[:, :, :count].view(-1, work.num_kv, paths, most, work.groups, BLOCK)
+    live.add_(branches.bias[:, None])
+    sums.add(scores.exp_(), values)
+    assert sums.answer is not None
+    assert sums.total is not None
+    shape = (work.num_kv, paths * most, work.groups, -1)
+    answer, total = (of[:, :count].reshape(shape) for of in (sums.answer, sums.total))
+    return answer[:, branches.source], total[:, branches.source]
+
+
+def _top_on_branches(work: Work, branches: Branches, folded: Tensor, keys: Tensor) -> Tensor:
+    """(H_kv, M, G, 1) the highest raw score of each draft over the gathered blocks."""
+    paths, most = branches.rows.shape
+    count = most * work.groups
+    chosen = folded[:, branches.rows.flatten()]
+    flat = enough_rows(chosen.reshape(work.num_kv * paths, count, -1), work.dtype)
+    scores = (flat @ keys[..., : work.width].transpose(2, 3))[:, :, :count]
+    by_row = scores.reshape(-1, work.num_kv, paths, most, work.groups, BLOCK)
+    top = (by_row + branches.bias[:, None]).amax(-1, keepdim=True).amax(0)
+    return top.flatten(1, 2)[:, branches.source]
