@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from copy import copy
 
 from lazyahead.engine.request import Request
 from lazyahead.prefill.progress import PrefillProgress
@@ -19,13 +19,12 @@ class Checkpoint:
     def take(cls, request: Request) -> Checkpoint:
         """Marks the session, whose caches and stashes can then be rolled back."""
         request.session.mark()
-        return cls(request, replace(request.prefill))
+        return cls(request, copy(request.prefill))
 
     def restore(self) -> None:
         """Undoes the pass, unless it was committed; what it computed beyond that is dropped."""
         request = self._request
         if request.session.rollback():
-            for known in fields(PrefillProgress):
-                setattr(request.prefill, known.name, getattr(self._progress, known.name))
+            request.prefill = self._progress
             del request.answer[request.num_emitted :]
         request.trim_logits()
