@@ -26,7 +26,7 @@ def engine_for(
     prefill: LazyPrefill | None,
     decode: Lookahead | Drafter | None,
     prefill_chunk_size: int = 512,
-    packed: bool | None = False,
+    packed: bool | None = None,
 ) -> Engine:
     """`packed`: whether linear layers use packed weights (None: where memory allows).
 
