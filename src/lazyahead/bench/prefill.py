@@ -68,7 +68,7 @@ class PrefillRow:
     speedup: float
     ideal_speedup: float
     """FLOPs of the full prefill over FLOPs of what is computed of it: the kept rows, their
-    attention, running ahead."""
+    attention and scores."""
     efficiency: float
     """Speed-up over ideal speed-up."""
     keep_all_ratio: float

@@ -39,7 +39,7 @@ class LazyPrefill:
     Raises ConfigError for a setting that cannot mean anything, naming the value.
     """
 
-    schedule: Schedule = ((0.8, 0.4),)
+    schedule: Schedule = ((0.85, 0.3),)
     """(depth, keep ratio) pairs: after this fraction of the layers, at most this fraction of the
     prompt's tokens goes on; the others are stashed."""
     scorer: Scorer = field(default_factory=LastToken)
