@@ -27,6 +27,7 @@ from lazyahead.server.errors import ApiError
 from lazyahead.server.metrics import Metrics
 from lazyahead.server.schema import Extension
 from lazyahead.server.settings import Settings
+from lazyahead.server.store import ResponseStore
 from lazyahead.server.watch import Watch
 from lazyahead.text.prompt import Prompt
 
@@ -76,6 +77,7 @@ class Service:
         self.is_stopping = False
         """Answers that still run end."""
         self.running: set[Answers] = set()
+        self.responses = ResponseStore(settings.response_ttl_s, settings.response_cache_bytes)
         self._setting = Setting(llm.model, llm.tokenizer, llm.eos_ids, llm.max_context)
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="lazyahead-text")
         self._namespaces: set[str] = set()
