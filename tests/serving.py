@@ -33,7 +33,9 @@ def tiny_llm(prefill: LazyPrefill | None = LAZY, **options: Any) -> LLM:
     return LLM(model, tokenizer=tokenizer, prefill=prefill, **options)
 
 
-def answer_of(llm: LLM, engine: Engine, ids: list[int], sampling: Sampling, **manner: Any) -> Answer:
+def answer_of(
+    llm: LLM, engine: Engine, ids: list[int], sampling: Sampling, **manner: Any
+) -> Answer:
     """An answer that no engine has heard of."""
     setting = Setting(llm.model, llm.tokenizer, llm.eos_ids, llm.max_context)
     session = engine.session_for(manner.get("prefill", llm.prefill))

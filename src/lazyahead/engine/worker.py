@@ -141,6 +141,7 @@ class Worker:
                         attached.enter_context(self.engine)
                         is_attached = True
                     self._pass()
+                    self.engine.in_pass = ()  # so that ended requests can be freed
                 else:  # plain calls of the model are as before
                     attached.close()
                     is_attached = False

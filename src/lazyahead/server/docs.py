@@ -18,5 +18,5 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     504: {"model": ErrorReply, "description": "The request took too long."},
 }
 STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    200: {"content": {"text/event-stream": {}}}
 }
