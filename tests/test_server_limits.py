@@ -295,6 +295,13 @@ def test_other_origins_are_told_nothing_unless_named(llm):
         assert allowed == "http://page.example"
 
 
+def test_a_host_that_the_server_does_not_go_by_is_refused(llm):
+    with serving(llm, allowed_hosts=("127.0.0.1",)) as server:
+        assert server.get("/health").status_code == 200
+        refused = server.get("/v1/models", headers={"Host": "evil.example:80"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "host_not_allowed")
+
+
 def test_logs_hold_prompts_only_where_asked_for(llm, capfd):
     for log_prompts in (False, True):
         with serving(llm, log_requests=True, log_prompts=log_prompts) as server:

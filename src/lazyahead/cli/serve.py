@@ -15,6 +15,7 @@ from lazyahead.errors import ConfigError
 if TYPE_CHECKING:
     from lazyahead.server.settings import Settings
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 KEY_VARIABLE = "LAZYAHEAD_API_KEY"
 
 
@@ -40,6 +41,13 @@ def serve(
     shared_namespace: Annotated[
         list[str] | None,
         typer.Option(help="Namespace that all keys share; may be repeated."),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name that the server goes by; may be repeated. Left out: on a loopback address "
+            "only that, else any."
+        ),
     ] = None,
     cors_origin: Annotated[
         list[str] | None,
@@ -69,6 +77,7 @@ def serve(
         model_name=served_model_name,
         api_keys=_keys(api_key),
         shared_namespaces=tuple(shared_namespace or ()),
+        allowed_hosts=_hosts(host, allowed_host or []),
         cors_origins=tuple(cors_origin or ()),
         max_running=max_running,
         max_queue=max_queue,
@@ -112,6 +121,14 @@ def _keys(given: list[str] | None) -> tuple[str, ...]:
         return tuple(given)
     value = os.environ.get(KEY_VARIABLE, "")
     return (value,) if value else ()
+
+
+def _hosts(host: str, named: list[str]) -> tuple[str, ...]:
+    """Names that requests may use: any where the server listens to other machines, unless some are
+    named."""
+    if host not in LOOPBACK and not named:
+        return ()
+    return tuple({*LOOPBACK, f"[{host}]" if ":" in host else host, *map(str.lower, named)})
 
 
 def _greet(host: str, port: int, model: str, needs_key: bool) -> None:

@@ -20,6 +20,7 @@ OPEN = ("/", "/health", "/ready")
 """Paths that need no key: the page asks for one itself."""
 GENERATES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/documents")
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
+_PORT = re.compile(r":[0-9]*$")
 _DISCARD = 64 << 20
 """Bytes of a refused body that are still read, so that its sender sees the answer."""
 
@@ -64,6 +65,7 @@ class Gate:
         is_post = scope["method"] == "POST"
         admission = self._service.admission
         try:
+            self._check_host(headers)
             scope["state"]["tenant"] = self._tenant(scope, headers)
             may_generate = is_post and scope["path"] in GENERATES
             if may_generate:
@@ -83,6 +85,16 @@ class Gate:
         finally:
             if may_generate:
                 admission.leave()
+
+    def _check_host(self, headers: dict[bytes, bytes]) -> None:
+        allowed = self._service.settings.allowed_hosts
+        host = _PORT.sub("", headers.get(b"host", b"").decode("latin-1").lower())
+        if allowed and host not in allowed:
+            raise ApiError(
+                403,
+                f"this server is not called {host!r}; start it with --allowed-host for that name",
+                code="host_not_allowed",
+            )
 
     def _tenant(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
         """Whose key came with it. Raises ApiError (401)."""

@@ -20,12 +20,22 @@ from lazyahead.text.prompt import check_length
 
 router = APIRouter()
 PAGE = Path(__file__).with_name("page.html")
+PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+        "img-src data: blob:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; "
+        "form-action 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+"""The page is one file that talks to this server only."""
 
 
 @router.get("/", include_in_schema=False)
 async def page() -> Response:
     if PAGE.is_file():
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
     return PlainTextResponse("lazyahead: POST /v1/chat/completions; GET /openapi.json has more\n")
 
 

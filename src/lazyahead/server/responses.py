@@ -106,10 +106,13 @@ class _Turn:
         told = [] if body.instructions is None else [_system(body.instructions)]
         self.messages = [*told, *self.said]
         self.session = service.engine.session_for(manner.prefill)
-        may_go_on = service.llm.support.level == "full"
-        if may_go_on and before is not None and before.session is not None:
-            if before.prefill == manner.prefill:
-                self.session, before.session = before.session, None  # for one turn
+        if before is not None and before.session is not None and self._may_continue(before):
+            self.session, before.session = before.session, None  # for one turn
+
+    def _may_continue(self, before: Kept) -> bool:
+        """Whether the session that has read it serves this turn too."""
+        is_full = self.service.llm.support.level == "full"  # others cannot be cut back
+        return is_full and before.prefill == self.manner.prefill
 
     def keep(self, response_id: str, text: str) -> None:
         """So that it can be continued."""

@@ -83,7 +83,7 @@ class Server(uvicorn.Server):
     async def _drain(self) -> None:
         """Waits for answers, up to `drain_s`; what then still runs ends."""
         for _ in range(round(10 * self.service.settings.drain_s)):
-            if not self.service.running:
+            if not self.service.admission.num_taken:
                 break
             await asyncio.sleep(0.1)
         self.service.end_answers()

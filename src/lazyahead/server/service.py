@@ -23,7 +23,7 @@ from lazyahead.llm import LLM
 from lazyahead.sampling import Sampling
 from lazyahead.server.admission import Admission
 from lazyahead.server.answers import Answers
-from lazyahead.server.errors import ApiError
+from lazyahead.server.errors import ApiError, shutting_down
 from lazyahead.server.metrics import Metrics
 from lazyahead.server.schema import Extension
 from lazyahead.server.settings import Settings
@@ -201,6 +201,11 @@ class Service:
             raise ApiError(400, f"{param!r} may be at most {most} here, got {asked}", param=param)
         return asked
 
+    def session_for(self, prompt: Prompt, manner: Manner) -> Session:
+        """What a prompt that continues nothing is read into: the place for a cache of prefixes,
+        per `manner.namespace` and `manner.prefill`."""
+        return self.engine.session_for(manner.prefill)
+
     async def ask(
         self,
         prompts: Sequence[Prompt],
@@ -216,8 +221,10 @@ class Service:
         for prompt in prompts:
             check(self._setting, prompt, sampling)
         pairs = [(prompt, own) for prompt in prompts for own in sampling.several(n)]
+        if self.is_stopping:
+            raise shutting_down()
         if session is None:
-            sessions = [self.engine.session_for(manner.prefill) for _ in pairs]
+            sessions = [self.session_for(prompt, manner) for prompt, _ in pairs]
         else:
             sessions = [session]
         more = len(pairs) - 1
@@ -269,4 +276,4 @@ def _short(name: str) -> str:
     """The last part of a path; what is none stays."""
     if name in ("built-in reader", ""):
         return "lazyahead-reader"
-    return Path(name).name if Path(name).is_dir() else name
+    return Path(name).name if Path(name).exists() else name

@@ -32,6 +32,9 @@ class Settings:
     """A request must bring one of them; none: no key is asked for."""
     shared_namespaces: tuple[str, ...] = ()
     """Namespaces that all API keys share; any other belongs to one key."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that a request's Host may have; none: any. Where a server listens on this machine alone
+    this keeps out web pages whose name was made to lead here."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may call the server."""
     max_running: int = 16
