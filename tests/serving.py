@@ -20,7 +20,7 @@ from lazyahead.config import LazyPrefill
 from lazyahead.engine.engine import Engine
 from lazyahead.engine.worker import Worker
 from lazyahead.server.app import create_app
-from lazyahead.server.run import Server
+from lazyahead.server.run import Server, bind
 from lazyahead.server.settings import Settings
 from lazyahead.text.prompt import Prompt
 
@@ -65,7 +65,7 @@ class Running:
         self.port = 0
         self.exit_code: int | None = None
         self._started = threading.Event()
-        self.server = Server(self.app, "127.0.0.1", 0, self._note)
+        self.server = Server(self.app, self._note)
         self._thread = threading.Thread(target=self._main)
 
     @property
@@ -101,7 +101,7 @@ class Running:
         self._started.set()
 
     def _main(self) -> None:
-        asyncio.run(self.server.serve())
+        asyncio.run(self.server.serve(sockets=[bind("127.0.0.1", 0)]))
         self.exit_code = self.server.exit_code
 
 

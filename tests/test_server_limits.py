@@ -21,6 +21,7 @@ from serving import serving, tiny_llm, wait_for
 
 from lazyahead import Lookahead
 from lazyahead.cache.session import Session
+from lazyahead.cli import run
 from lazyahead.errors import ConfigError, LazyAheadError
 from lazyahead.server.settings import Settings
 
@@ -128,11 +129,11 @@ def test_a_reader_that_stalls_delays_nobody_and_costs_bounded_memory(llm):
 
 
 def test_progress_is_told_while_a_prompt_is_read(server, monkeypatch):
-    run, go_on = server.service.engine.runner.run, threading.Event()
+    step, go_on = server.service.engine.runner.run, threading.Event()
 
     def wait(*arguments):
         go_on.wait(30)
-        return run(*arguments)
+        return step(*arguments)
 
     monkeypatch.setattr(server.service.engine.runner, "run", wait)
     with httpx.stream(
@@ -318,13 +319,13 @@ def test_logs_hold_prompts_only_where_asked_for(llm, capfd):
 
 def test_a_failing_pass_is_an_error_and_the_server_goes_on(llm, monkeypatch):
     with serving(llm) as server:
-        run, failures = server.service.engine.runner.run, [True, True]
+        step, failures = server.service.engine.runner.run, [True, True]
 
         def fail(*arguments):
             if failures:
                 failures.pop()
                 raise LazyAheadError("no luck")
-            return run(*arguments)
+            return step(*arguments)
 
         monkeypatch.setattr(server.service.engine.runner, "run", fail)
         answer = server.post("/v1/completions", SHORT)
@@ -365,6 +366,24 @@ def test_draining_lets_answers_end_and_takes_no_new_ones(llm):
         connection.close()
         server._thread.join(30)
         assert server.exit_code == 0
+
+
+def test_a_port_that_is_taken_is_named_before_the_model_is_loaded(server, capsys):
+    assert run(["serve", "--port", str(server.port), "--model", "/no/such/model"]) == 2
+    assert f"port {server.port}" in capsys.readouterr().err
+
+
+def test_a_second_signal_ends_at_once(llm):
+    with serving(llm, drain_s=60) as server:
+        sock = send(server, {**LONG, "max_tokens": 900, "stream": True})
+        assert sock.recv(12) == b"HTTP/1.1 200"
+        server.server._handle(signal.SIGINT, None)
+        server.server._handle(signal.SIGINT, None)
+        server._thread.join(30)
+        assert server.exit_code == 130
+        server.service.stop()
+        assert not server.worker.is_alive
+        sock.close()
 
 
 def test_sigterm_in_mid_stream_ends_it_with_a_last_event(tmp_path):
