@@ -41,12 +41,16 @@ def server(llm):
         yield server
 
 
-def send(server, body, path="/v1/completions"):
-    """A request on a bare socket, whose answer has not been read."""
+def send(server, body, buffer=None):
+    """A request on a bare socket, whose answer has not been read; at most `buffer` bytes wait."""
     data = json.dumps(body).encode()
-    sock = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+    sock = socket.socket()
+    sock.settimeout(60)
+    if buffer is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    sock.connect(("127.0.0.1", server.port))
     head = (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(data)}\r\n\r\n"
     )
     sock.sendall(head.encode() + data)
@@ -115,16 +119,27 @@ def test_answers_to_one_prompt_count_each(llm):
         server.until_idle()
 
 
-def test_a_reader_that_stalls_delays_nobody_and_costs_bounded_memory(llm):
-    with serving(llm) as server:
+def test_a_reader_that_stalls_is_paused_delays_nobody_and_loses_nothing(llm):
+    with serving(llm, buffer=4096) as server:
         server.worker.max_pieces = 2
-        big = {**LONG, "stream": True, "logprobs": 20, "lazyahead": {"detail": True}}
-        stalled = [send(server, big) for _ in range(3)]
-        wait_for(lambda: len(server.worker._jobs) == 3)
-        for _ in range(3):
+        body = {**LONG, "max_tokens": 300, "stream": True, "logprobs": 5, "n": 2}
+        stalled = send(server, body, buffer=4096)
+        wait_for(lambda: len(server.worker._jobs) == 2)
+        jobs = list(server.worker._jobs.values())
+
+        def advance_while_others_are_answered():
+            before = [job.answer.request.num_emitted for job in jobs]
             assert server.post("/v1/completions", SHORT).status_code == 200
-        for sock in stalled:
-            sock.close()
+            return before != [job.answer.request.num_emitted for job in jobs]
+
+        wait_for(lambda: not advance_while_others_are_answered())
+        assert all(job.answer.request.is_paused and len(job._pieces) == 2 for job in jobs)
+        assert all(job.answer.request.num_emitted < 300 for job in jobs)
+        received = b""
+        while not received.endswith(b"0\r\n\r\n"):
+            received += stalled.recv(1 << 20)
+        assert received.count(b'"finish_reason":"length"') == 2
+        stalled.close()
         server.until_idle()
 
 
