@@ -15,7 +15,7 @@ FLOORS = [
     ["engine"],
     ["answer", "build", "reader"],
     ["llm"],
-    ["integrations"],
+    ["integrations", "server"],
     ["bench", "tune"],
     ["cli", "__init__", "__main__"],
 ]

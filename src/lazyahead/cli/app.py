@@ -14,6 +14,7 @@ from lazyahead.cli.doctor import doctor
 from lazyahead.cli.evaluate import PASS_ON, evaluate
 from lazyahead.cli.generate import generate
 from lazyahead.cli.memory import app as memory
+from lazyahead.cli.serve import serve
 from lazyahead.cli.tune import tune
 from lazyahead.cli.verify import verify
 
@@ -43,6 +44,7 @@ def root(
 
 app.command()(generate)
 app.command()(chat)
+app.command()(serve)
 app.command()(doctor)
 app.command()(verify)
 app.command()(convert)

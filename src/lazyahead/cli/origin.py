@@ -3,7 +3,7 @@ drafted, or the model alone."""
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +14,7 @@ from rich.style import Style
 from rich.text import Text
 
 from lazyahead.draft.tree import Source
-from lazyahead.text import Detokenizer
+from lazyahead.text.spans import Spans
 
 if TYPE_CHECKING:
     from lazyahead.results import Completion, Piece
@@ -52,27 +52,15 @@ class Painter:
     it."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
-        self._ready: deque[tuple[Origin, str]] = deque()
-        """Text of tokens that no piece has shown yet: it may be the start of a stop string."""
-        self._last = OWN
+        self._spans: Spans[Source | None] = Spans(tokenizer, None)
 
     def add(
         self, text: str, token_ids: Sequence[int], sources: Sequence[Source | None]
     ) -> Iterator[Part]:
         """The parts of `text`, which joined are `text`. `sources` may be empty: all the model's
         own."""
-        for token_id, source in zip(token_ids, sources or [None] * len(token_ids), strict=True):
-            self._ready.append((ORIGINS[source], self._detokenizer.add(token_id)))
-        while text and self._ready:
-            self._last, ready = self._ready.popleft()
-            num = len(ready)
-            if num > len(text):
-                self._ready.appendleft((self._last, ready[len(text) :]))
-            yield Part(self._last, text[:num], int(num <= len(text)))
-            text = text[num:]
-        if text:  # half a character that an answer ended in
-            yield Part(self._last, text, 0)
+        for source, part, num_tokens in self._spans.add(text, token_ids, sources):
+            yield Part(ORIGINS[source], part, num_tokens)
 
 
 def parts(tokenizer: Any, completion: Completion) -> list[Part]:
