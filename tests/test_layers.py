@@ -15,6 +15,7 @@ FLOORS = [
     ["engine"],
     ["answer", "build", "reader"],
     ["llm"],
+    ["documents"],
     ["integrations", "server"],
     ["bench", "tune"],
     ["cli", "__init__", "__main__"],

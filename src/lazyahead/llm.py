@@ -114,6 +114,9 @@ class LLM:
     def save_session(self, session: Session, path: str | Path) -> None:
         """Writes a session to a safetensors file that `load_session` takes. Raises
         SessionFileError."""
+        if len(session) and not session.in_use:
+            with self.engine.lock, plain_tensors():
+                session.shape_like(self._like())
         save_session(session, path, self.model, self.prefill)
 
     def load_session(self, path: str | Path) -> Session:
@@ -130,13 +133,9 @@ class LLM:
         The session it returns is for `save_session`, and after `load_session` for `add_prefix`.
         Raises RequestError, ContextLengthError.
         """
-        token_ids = self._beginning(document)
+        token_ids = self.beginning(document)
         with self.engine.lock, plain_tensors():
-            session = self.engine.read_ahead(token_ids)
-            for kv, known in zip(session.kv, self._like().kv, strict=True):
-                if not len(kv):  # none yet, of the shape that a file gives
-                    kv.append(known.keys[:, :, :0], known.values[:, :, :0], known.positions[:0])
-            return session
+            return self.engine.read_ahead(token_ids)
 
     def add_prefix(self, session: Session) -> None:
         """Puts what `read_ahead` gave into the prefix cache. Raises RequestError where there is
@@ -144,14 +143,14 @@ class LLM:
         with self.engine.lock, plain_tensors():
             self.engine.add_prefix(session)
 
-    def _beginning(self, document: str | list[int]) -> list[int]:
+    def beginning(self, document: str | list[int]) -> list[int]:
         """The tokens of a document that do not depend on the question behind it."""
         prompt = self._encode(document, None)
         check(self._setting, prompt, Sampling(max_new_tokens=1))
         if not isinstance(document, str):
             return prompt.token_ids
-        asked = self.encode(document, "?").token_ids
-        return prompt.token_ids[: shared_prefix(prompt.token_ids, asked)]
+        one, other = (self.encode(document, asked).token_ids for asked in ("What?", "- 1"))
+        return one[: shared_prefix(one, other)]
 
     def _like(self) -> Session:
         """A session of two tokens, for what its states look like."""

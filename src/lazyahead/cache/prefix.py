@@ -56,10 +56,6 @@ class PrefixCache:
         self.max_bytes = max_bytes
         self.block_tokens = block_tokens
         self.nbytes = 0
-        self.num_queried = 0
-        """Prompt tokens looked up so far."""
-        self.num_hit = 0
-        """Those of them that were found."""
         self._roots: dict[Hashable, Block] = {}
         self._blocks: OrderedDict[Block, Hashable] = OrderedDict()  # oldest first, with its group
 
@@ -71,8 +67,6 @@ class PrefixCache:
         """The blocks that `token_ids` begins with, in order."""
         found = self._path(group, token_ids)
         self._touch(found)
-        self.num_queried += len(token_ids)
-        self.num_hit += self.block_tokens * len(found)
         return found
 
     def insert(

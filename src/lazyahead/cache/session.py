@@ -86,6 +86,12 @@ class Session:
             return 1.0  # the model keeps its own cache
         return sum(self.kept_by_layer) / (self.num_layers * self.prompt_len)
 
+    def shape_like(self, other: Session) -> None:
+        """Gives layers that hold nothing yet the shape and dtype of another session's."""
+        for kv, known in zip(self.kv, other.kv, strict=True):
+            if not len(kv):
+                kv.append(known.keys[:, :, :0], known.values[:, :, :0], known.positions[:0])
+
     def mark(self) -> None:
         """A pass begins: until it is committed, `rollback` undoes it."""
         self._mark = [len(kv) for kv in self.kv], self.num_revived

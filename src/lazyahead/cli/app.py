@@ -13,6 +13,7 @@ from lazyahead.cli.convert import convert
 from lazyahead.cli.doctor import doctor
 from lazyahead.cli.evaluate import PASS_ON, evaluate
 from lazyahead.cli.generate import generate
+from lazyahead.cli.index import index
 from lazyahead.cli.memory import app as memory
 from lazyahead.cli.serve import serve
 from lazyahead.cli.tune import tune
@@ -45,6 +46,7 @@ def root(
 app.command()(generate)
 app.command()(chat)
 app.command()(serve)
+app.command()(index)
 app.command()(doctor)
 app.command()(verify)
 app.command()(convert)

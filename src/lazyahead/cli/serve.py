@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lazyahead.cli import options
+from lazyahead.cli.input import parse_path
 from lazyahead.cli.output import note
 from lazyahead.errors import ConfigError
 
@@ -62,6 +64,16 @@ def serve(
     drain_s: Annotated[
         float | None, typer.Option(help="After SIGTERM, how long answers may go on.")
     ] = None,
+    cache_bytes: Annotated[
+        int | None,
+        typer.Option(help="Memory for what prompts begin with and others share; 0: none."),
+    ] = None,
+    documents: Annotated[
+        Path | None,
+        typer.Option(
+            parser=parse_path, help="Folder for documents read ahead, as `index` writes it."
+        ),
+    ] = None,
     response_ttl_s: Annotated[
         float | None, typer.Option(help="How long /v1/responses can be continued.")
     ] = None,
@@ -86,6 +98,8 @@ def serve(
         max_prompt_chars=max_prompt_chars,
         request_timeout_s=request_timeout_s,
         drain_s=drain_s,
+        cache_bytes=cache_bytes,
+        documents=documents,
         response_ttl_s=response_ttl_s,
         log_requests=log_requests,
         log_prompts=log_prompts,

@@ -109,6 +109,7 @@ class Engine:
 
     def __exit__(self, *exc: Any) -> None:
         self._attached.pop().__exit__(*exc)
+        self.in_pass = ()  # so that ended requests can be freed
 
     @property
     def is_idle(self) -> bool:

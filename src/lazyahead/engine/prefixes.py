@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
-from lazyahead.cache.prefix import PrefixCache, begin_with, first_boundary
+from lazyahead.cache.prefix import Block, PrefixCache, begin_with, first_boundary
 from lazyahead.cache.session import Session
 from lazyahead.engine.request import Request
 from lazyahead.errors import RequestError
@@ -16,7 +16,8 @@ from lazyahead.prefill.schedule import local_layers
 
 
 class PrefixSharing:
-    """Prompts of one namespace share what they begin with, as far as it is computed alike.
+    """Prompts of one namespace share what they begin with, as far as it is computed alike; what
+    the namespace None holds is everybody's.
 
     Shared are tokens whose states do not depend on what follows: not the last rows of a prompt,
     which attend differently, and nothing of prompts too short to defer from.
@@ -31,25 +32,32 @@ class PrefixSharing:
         if not self._may_share(request):
             return
         session, prompt = request.session, request.prompt
-        request.prefill.shares = bool(session.boundaries)
         num_scoring = 1 if session.prefill is None else max(1, session.prefill.scorer.window_size)
         num_tokens = min(_num_shared(request), len(prompt) - num_scoring)
-        blocks = self.cache.match(_group(session, request.namespace), prompt[: max(0, num_tokens)])
+        blocks, own = self._match(request, prompt[: max(0, num_tokens)])
+        request.prefill.shares = own
         if blocks:
             begin_with(session, blocks)
             if session.boundaries:
                 request.prefill.shared = (session.stashes[first_boundary(session)].hidden,)
             request.num_reused = request.prefill.num_entered = len(session)
 
+    def _match(self, request: Request, token_ids: Sequence[int]) -> tuple[list[Block], bool]:
+        """The longest known beginning, and whether it is the namespace's own: behind one that is
+        everybody's nothing is kept, as all of it would be kept twice."""
+        own = self.cache.match(_group(request.session, request.namespace), token_ids)
+        if request.namespace is None:
+            return own, True
+        shared = self.cache.match(_group(request.session, None), token_ids)
+        return (shared, False) if len(shared) > len(own) else (own, True)
+
     def keep(self, request: Request) -> None:
         """After its prefill: keeps what of the prompt others can share."""
-        if not self._may_share(request):
+        if not request.prefill.shares:
             return
         session, num_tokens = request.session, _num_shared(request)
-        hidden = None
-        if request.prefill.shares:
-            hidden = torch.cat(request.prefill.shared)
-            request.prefill.shared = ()
+        hidden = torch.cat(request.prefill.shared) if session.boundaries else None
+        request.prefill.shared = ()
         group = _group(session, request.namespace)
         self.cache.insert(group, request.prompt[:num_tokens], session, hidden)
 

@@ -28,9 +28,9 @@ class PrefillProgress:
     """Whether the text only begins here: its tokens are computed up to the first boundary, none is
     answered."""
     shares: bool = False
-    """Whether hidden states at the first boundary are collected for other prompts."""
+    """Whether what this prompt begins with is kept for others."""
     shared: tuple[Tensor, ...] = ()
-    """Those collected: (T, d), from the prompt's first token on."""
+    """Hidden states at the first boundary that are kept, (T, d) of each pass."""
     num_entered: int = 0
     """Tokens of this turn that have entered layer 0."""
     stage: int | None = None

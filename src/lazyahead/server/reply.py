@@ -252,3 +252,17 @@ def live(stats: Stats) -> LiveStats:
 def dump(model: BaseModel) -> dict[str, Any]:
     """The fields that were set, for JSON."""
     return model.model_dump(exclude_unset=True)
+
+
+class DocumentReply(BaseModel):
+    object: Literal["document"]
+    created: int
+    model: str
+    tokens: int
+    """Of the beginning that is kept."""
+    bytes: int
+    """Memory that it takes."""
+    stored: bool
+    """Whether it is on disk too, and need not be read again after a restart."""
+    read_ms: float
+    """0 where it was on disk already."""

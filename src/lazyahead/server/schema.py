@@ -49,6 +49,13 @@ class Extension(Body):
     chunk."""
 
 
+class DocumentExtension(Body):
+    """Fields under `lazyahead` of a document: questions over it must say the same."""
+
+    prefill: str | None = None
+    namespace: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+
+
 class Generation(Body):
     """Fields of every request that generates."""
 
@@ -151,6 +158,18 @@ class ChatRequest(Generation):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs goes with logprobs: true")
         return self
+
+
+class DocumentRequest(Body):
+    """What `POST /v1/documents` takes."""
+
+    text: Annotated[str, Field(min_length=1)]
+    """The document, as the user's message will begin."""
+    system: Annotated[str, Field(min_length=1)] | None = None
+    """The system message that the questions will come with."""
+    model: str | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+    lazyahead: DocumentExtension = DocumentExtension()
 
 
 class CompletionRequest(Generation):

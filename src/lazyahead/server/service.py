@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +15,10 @@ from typing import Any, TypeVar
 from starlette.requests import Request as HTTPRequest
 
 from lazyahead.answer import Answer, Setting, check, resume
+from lazyahead.cache.prefix import PrefixCache
 from lazyahead.cache.session import Session
 from lazyahead.config import PRESETS, LazyPrefill
+from lazyahead.documents import DocumentStore
 from lazyahead.engine.engine import Engine
 from lazyahead.engine.worker import Worker
 from lazyahead.hf.plain_tensors import plain_tensors
@@ -32,6 +35,7 @@ from lazyahead.server.watch import Watch
 from lazyahead.text.prompt import Prompt
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 SERVERS_OWN = "default"
 
 
@@ -64,7 +68,11 @@ class Service:
             row_cost=own.row_cost,
             prefill_chunk_size=settings.prefill_chunk_size,
             max_running=settings.max_running,
+            prefix_cache=PrefixCache(settings.cache_bytes) if settings.cache_bytes else None,
         )
+        self.documents: DocumentStore | None = None
+        if settings.documents is not None:
+            self.documents = DocumentStore(llm, settings.documents)
         self.worker = Worker(self.engine, on_death=self._die)
         self.on_death: Callable[[], object] = lambda: None
         """Called in the worker's thread, should it fail."""
@@ -96,6 +104,21 @@ class Service:
         answer.request.may_draft = False
         for _ in self.worker.submit(answer):
             pass
+        if self.documents is not None:
+            self._load_documents(self.documents)
+
+    def _load_documents(self, store: DocumentStore) -> None:
+        """Those that are for everybody, as many as the cache holds."""
+        assert self.engine.prefixes is not None
+        cache = self.engine.prefixes.cache
+        for path, session in store.everybodys():
+            if isinstance(session, Exception):
+                _log.warning("%s", session)
+                continue
+            if cache.nbytes + session.nbytes > cache.max_bytes:
+                _log.warning("%s and later ones do not fit into --cache-bytes", path.name)
+                break
+            self.engine.add_prefix(session)
 
     def stop(self) -> None:
         self.is_draining = self.is_stopping = True
@@ -201,10 +224,9 @@ class Service:
             raise ApiError(400, f"{param!r} may be at most {most} here, got {asked}", param=param)
         return asked
 
-    def session_for(self, prompt: Prompt, manner: Manner) -> Session:
-        """What a prompt that continues nothing is read into: the place for a cache of prefixes,
-        per `manner.namespace` and `manner.prefill`."""
-        return self.engine.session_for(manner.prefill)
+    def check_length(self, prompt: Prompt) -> None:
+        """Raises ContextLengthError for a prompt that leaves no room for an answer."""
+        check(self._setting, prompt, Sampling(max_new_tokens=1))
 
     async def ask(
         self,
@@ -224,7 +246,7 @@ class Service:
         if self.is_stopping:
             raise shutting_down()
         if session is None:
-            sessions = [self.session_for(prompt, manner) for prompt, _ in pairs]
+            sessions = [self.engine.session_for(manner.prefill) for _ in pairs]
         else:
             sessions = [session]
         more = len(pairs) - 1

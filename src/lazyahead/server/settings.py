@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from lazyahead.checks import check_count, is_number
 from lazyahead.errors import ConfigError
@@ -63,6 +64,10 @@ class Settings:
     """Between two comments that tell how far a prompt was read."""
     drain_s: float = 30.0
     """After SIGTERM, how long answers may go on."""
+    cache_bytes: int = 1 << 30
+    """Most memory for what prompts begin with and others share; 0: nothing is shared."""
+    documents: Path | None = None
+    """A folder for documents that were read ahead; None: they are kept in memory only."""
     response_ttl_s: float = 3600.0
     """How long a response can be continued with `previous_response_id`."""
     response_cache_bytes: int = 1 << 30
@@ -75,7 +80,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in _COUNTS:
             check_count(name, getattr(self, name), 1)
-        for name in ("max_queue", "response_cache_bytes"):
+        for name in ("max_queue", "cache_bytes", "response_cache_bytes"):
             check_count(name, getattr(self, name), 0)
         for name in _TIMES:
             if not (is_number(getattr(self, name)) and getattr(self, name) > 0):
@@ -86,5 +91,7 @@ class Settings:
         for key in self.api_keys:
             if not (key and key.isascii() and key.isprintable() and " " not in key):
                 raise ConfigError("an API key is printable ASCII without spaces, and not empty")
+        if self.documents is not None and not self.cache_bytes:
+            raise ConfigError("documents are read into the prefix cache; give it cache_bytes")
         if self.log_prompts and not self.log_requests:
             raise ConfigError("log_prompts adds to the lines of log_requests; set that too")
