@@ -141,7 +141,6 @@ class Worker:
                         attached.enter_context(self.engine)
                         is_attached = True
                     self._pass()
-                    self.engine.in_pass = ()  # so that ended requests can be freed
                 else:  # plain calls of the model are as before
                     attached.close()
                     is_attached = False
@@ -179,8 +178,7 @@ class Worker:
             for request in self.engine.in_pass or list(self._jobs):
                 self._end(self._jobs[request], error)
             return
-        for request in self.engine.in_pass:
-            job = self._jobs[request]
+        for request, job in list(self._jobs.items()):
             job.deliver()
             job.progress = request.progress
             if request.finish_reason is not None:
