@@ -15,7 +15,7 @@ FLOORS = [
     ["engine"],
     ["answer", "build", "reader", "parallel"],
     ["llm"],
-    ["integrations"],
+    ["integrations", "server"],
     ["bench", "tune"],
     ["cli", "__init__", "__main__"],
 ]

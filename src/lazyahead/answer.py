@@ -31,8 +31,6 @@ class Setting:
     tokenizer: Any
     eos_ids: tuple[int, ...]
     max_context: int
-    min_tokens: int | None
-    """Prompts that are shorter are read whole; None where all are."""
 
     @property
     def vocab_size(self) -> int:
@@ -68,7 +66,7 @@ class Answer:
             session=session,
             max_new_tokens=sampling.max_new_tokens,
             question=prompt.question,
-            min_tokens=setting.min_tokens,
+            min_tokens=None if session.prefill is None else session.prefill.min_tokens,
         )
 
     def end(self) -> None:

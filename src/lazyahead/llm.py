@@ -84,7 +84,6 @@ class LLM:
             self.tokenizer,
             self.eos_ids,
             self.max_context,
-            self.prefill.min_tokens if self.prefill is not None else None,
         )
         self._sample: Session | None = None
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lazyahead.cache.blocks import Blocks
 
-BLOCKED_DTYPES = (torch.bfloat16, torch.float32)
-"""Numbers for which products on the CPU give a row the same bits in any company."""
+BLOCKED_DTYPE = torch.bfloat16
+"""What the CPU computes in blocks: a row's last bits must not depend on its company, as in bf16
+they decide which token is likeliest. In fp32 they do not, and torch's own attention is faster."""
 _SLACK = 256
 """Free slots behind a prompt, so that a short answer never moves it."""
 _STEP = 4096
@@ -95,7 +96,7 @@ class LayerKV:
     """What one layer remembers of one request. Slots are in order of computation, not of position.
 
     Keys and values lie in blocks where attention goes block by block (on the CPU, in
-    `BLOCKED_DTYPES`), else in one row."""
+    `BLOCKED_DTYPE`), else in one row."""
 
     __slots__ = ("_keys", "_positions", "_values")
 
@@ -145,7 +146,7 @@ class LayerKV:
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Adds T slots: keys and values (1, H_kv, T, D), positions (T,)."""
         if self._keys is None or self._values is None:
-            if keys.device.type == "cpu" and keys.dtype in BLOCKED_DTYPES:
+            if keys.device.type == "cpu" and keys.dtype == BLOCKED_DTYPE:
                 self._keys, self._values = Blocks(for_keys=True), Blocks()
             else:
                 self._keys, self._values = GrowableTensor(dim=2), GrowableTensor(dim=2)

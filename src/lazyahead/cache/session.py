@@ -9,6 +9,7 @@ import torch
 
 from lazyahead.cache.kv import GrowableTensor, LayerKV
 from lazyahead.cache.stash import Stash
+from lazyahead.prefill.config import LazyPrefill
 from lazyahead.prefill.schedule import Boundary
 from lazyahead.results import Reach
 
@@ -17,7 +18,14 @@ class Session:
     """One conversation on one model. Every token is, at each layer, cached or stashed at or above
     it: none is lost."""
 
-    def __init__(self, num_layers: int, boundaries: Sequence[Boundary] = ()) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        boundaries: Sequence[Boundary] = (),
+        prefill: LazyPrefill | None = None,
+    ) -> None:
+        self.prefill = prefill
+        """How its prompts are read; `boundaries` are this strategy's. None: whole."""
         self.token_ids: list[int] = []
         """Tokens whose rows have entered the model, in order of position."""
         self.pending: list[int] = []

@@ -75,23 +75,32 @@ class Engine:
         self.row_cost = row_cost
         self._scheduler = Scheduler(
             runner,
-            prefill,
             decode,
             row_cost,
             prefill_chunk_size=prefill_chunk_size,
             max_running=max_running,
         )
         self._attached: list[AbstractContextManager[Any]] = []
+        self.in_pass: tuple[Request, ...] = ()
+        """The requests of the pass that runs, or of the latest one."""
         self.lock = threading.RLock()
         """Held during every step, and during a whole call of `answer`."""
 
     def new_session(self) -> Session:
         """An empty session for this engine's model and prefill strategy."""
-        if self.prefill is None:
+        return self.session_for(self.prefill)
+
+    def session_for(self, prefill: LazyPrefill | None) -> Session:
+        """An empty session whose prompts are read by another strategy than the engine's own.
+        Sessions of different strategies share passes. Raises ConfigError where the model can only
+        read whole."""
+        if prefill is None:
             return Session(self.runner.num_layers)
-        needs_attention = self.prefill.scorer.window_size > 0
-        placed = boundaries(self.prefill.schedule, self.runner.attends_fully, needs_attention)
-        return Session(self.runner.num_layers, placed)
+        if not self.runner.num_layers:
+            raise ConfigError("this model keeps a state of its own and reads prompts whole")
+        needs_attention = prefill.scorer.window_size > 0
+        placed = boundaries(prefill.schedule, self.runner.attends_fully, needs_attention)
+        return Session(self.runner.num_layers, placed, prefill)
 
     def __enter__(self) -> Engine:
         context = self.runner.attached()
@@ -105,6 +114,19 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         return self._scheduler.is_idle
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would run anything: not all requests are paused."""
+        return self._scheduler.has_work
+
+    @property
+    def num_running(self) -> int:
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self._scheduler.num_waiting
 
     def submit(self, request: Request) -> None:
         """Queues a request; it joins between two steps."""
@@ -144,7 +166,9 @@ class Engine:
             self._step(on_layer)
 
     def _step(self, on_layer: OnLayer | None) -> None:
+        self.in_pass = ()
         batch = self._scheduler.schedule()
+        self.in_pass = tuple(scheduled.request for scheduled in batch)
         begin = time.perf_counter()
         try:
             logits = self._run(batch, on_layer)
@@ -228,8 +252,9 @@ class Engine:
     def _walk(self, scheduled: Scheduled, rows: Tensor) -> Walk:
         """Follows the model's own choices through the draft."""
         request = scheduled.request
-        if request.drafts is None and self.decode is not None:
-            request.drafts = self.drafter.start(request.prompt, self.decode.namespace)
+        if request.drafts is None and self.decode is not None and request.may_draft:
+            namespace = request.namespace or self.decode.namespace
+            request.drafts = self.drafter.start(request.prompt, namespace)
         picker = request.picker
         is_greedy = picker.is_plain and request.scores is None and request.logits is None
         likeliest = rows.argmax(-1).tolist() if is_greedy else None

@@ -48,12 +48,21 @@ class Request:
         """Processed logits (V,) of each answer token; None: not collected."""
         self.logits: list[Tensor] | None = None
         """Raw logits (V,), likewise."""
+        self.may_draft = True
+        """Whether the engine's drafter guesses for it."""
+        self.namespace: str | None = None
+        """Whose earlier answers it is drafted from; None: the engine's own."""
+        self.is_paused = False
+        """Left out of passes until this is False again. It then takes no place among those that
+        run at once."""
         self.submitted = time.perf_counter()
         self.num_reused = len(session)
         self._num_revived_before = session.num_revived
         self._prefix = _Prefix(self.prompt if prefix is None else prefix)
 
         # Set by the scheduler.
+        self.admitted: float | None = None
+        """When it came to run; None: it waits."""
         num_new = len(self.prompt) - len(session)
         prunes = num_new >= (min_tokens or 0)
         self.prefill = PrefillProgress(len(session), len(self.prompt), prunes, question)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from time import perf_counter
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,6 @@ class Scheduler:
     def __init__(
         self,
         runner: Runner | PlainRunner,
-        prefill: LazyPrefill | None,
         decode: Lookahead | None,
         row_cost: LearnedRowCost | None,
         *,
@@ -67,7 +67,6 @@ class Scheduler:
         max_running: int,
     ) -> None:
         self._runner = runner
-        self._prefill = prefill
         self._decode = decode
         self._row_cost = row_cost
         self._prefill_chunk_size = prefill_chunk_size
@@ -80,6 +79,18 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         return not self._waiting and not self._running
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting) or any(not request.is_paused for request in self._running)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
     def add(self, request: Request) -> None:
         """Queues a request."""
@@ -100,14 +111,21 @@ class Scheduler:
         """Admits queued requests, then gives each running one its rows: a root and its drafts, or
         the next chunk of its prompt."""
         self._admit()
-        decoding = [request for request in self._running if not request.is_prefilling]
+        decoding = [
+            request
+            for request in self._running
+            if not request.is_prefilling and not request.is_paused
+        ]
         chunks = self._prefill_chunks(has_company=bool(decoding))
         self._propose(decoding, sum(len(chunk.segment.token_ids) for chunk in chunks))
         return [self._decode_rows(request) for request in decoding] + chunks
 
     def _admit(self) -> None:
-        while self._waiting and len(self._running) < self._max_running:
+        room = self._max_running - sum(not request.is_paused for request in self._running)
+        while self._waiting and room > 0:
+            room -= 1
             request = self._waiting.popleft()
+            request.admitted = perf_counter()
             request.session.prompt_len = len(request.prompt)
             self._running.append(request)
 
@@ -156,7 +174,7 @@ class Scheduler:
         start = len(session)
         chain = range(start, start + len(session.pending))
         positions = [*chain, *(chain[-1] + depth for depth in draft.depths)]
-        config = self._prefill
+        config = session.prefill
         policy: Policy = KEEP_ALL
         if config is not None and config.revive != "never" and session.num_stashed:
             policy = DecodePolicy(session, config, len(draft))
@@ -183,7 +201,7 @@ class Scheduler:
             limit = self._prefill_chunk_size
         chunks = []
         for request in self._running:
-            if not request.is_prefilling:
+            if not request.is_prefilling or request.is_paused:
                 continue
             chunk = self._prefill_rows(request, limit)
             chunks.append(chunk)
@@ -199,7 +217,7 @@ class Scheduler:
         checkpoint = Checkpoint.take(request)
         session = request.session
         progress = request.prefill
-        config = self._prefill
+        config = session.prefill
         continues = progress.stage is not None
         if continues:  # one placeholder row until the stage is reached
             token_ids: Sequence[int] = request.prompt[-1:]

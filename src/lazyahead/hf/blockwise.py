@@ -34,7 +34,7 @@ def attend(
     """Attention of T rows, query (1, H, T, D), whose own keys `own` (1, H_kv, T, D) stand last in
     `keys`: (1, T, H, D_v), contiguous, as the projection behind it wants it."""
     num_heads, num_rows, num_kv = query.shape[1], query.shape[2], own.shape[1]
-    if num_rows == 1 and query.dtype == torch.bfloat16:
+    if num_rows == 1:
         answer = _one_row(query, own, keys.blocks, values.blocks, layout, heads)
         if answer is not None:
             return answer

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lazyahead.cache.blocks import BLOCK, Blocks
 from lazyahead.hf.plan import Branches
-from lazyahead.hf.products import LARGE, Sums, Work, enough_rows, is_exact
+from lazyahead.hf.products import LARGE, Sums, Work, is_exact
 
 
 def answer_drafts(work: Work, branches: Branches, held: list[tuple[Tensor, Tensor]]) -> None:
@@ -52,17 +52,17 @@ def _on_branches(
     chosen, count = branches.rows.flatten(), most * work.groups
 
     def spread(part: Tensor) -> Tensor:  # (H_kv, M, G, x) -> (H_kv * L, Q * G, x)
-        return enough_rows(part[:, chosen].reshape(work.num_kv * paths, count, -1), work.dtype)
+        return part[:, chosen].reshape(work.num_kv * paths, count, -1)
 
     sums = Sums(*(spread(torch.cat(parts, 1)) for parts in zip(*held, strict=True)))
     scores = work.scores(spread(query), keys)
-    live = scores[:, :, :count].view(-1, work.num_kv, paths, most, work.groups, BLOCK)
+    live = scores.view(-1, work.num_kv, paths, most, work.groups, BLOCK)
     live.add_(branches.bias[:, None])
     sums.add(scores.exp_(), values)
     assert sums.answer is not None
     assert sums.total is not None
     shape = (work.num_kv, paths * most, work.groups, -1)
-    answer, total = (of[:, :count].reshape(shape) for of in (sums.answer, sums.total))
+    answer, total = (of.reshape(shape) for of in (sums.answer, sums.total))
     return answer[:, branches.source], total[:, branches.source]
 
 
@@ -71,8 +71,8 @@ def _top_on_branches(work: Work, branches: Branches, folded: Tensor, keys: Tenso
     paths, most = branches.rows.shape
     count = most * work.groups
     chosen = folded[:, branches.rows.flatten()]
-    flat = enough_rows(chosen.reshape(work.num_kv * paths, count, -1), work.dtype)
-    scores = (flat @ keys[..., : work.width].transpose(2, 3))[:, :, :count]
+    flat = chosen.reshape(work.num_kv * paths, count, -1)
+    scores = flat @ keys[..., : work.width].transpose(2, 3)
     by_row = scores.reshape(-1, work.num_kv, paths, most, work.groups, BLOCK)
     top = (by_row + branches.bias[:, None]).amax(-1, keepdim=True).amax(0)
     return top.flatten(1, 2)[:, branches.source]

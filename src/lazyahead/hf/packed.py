@@ -22,6 +22,8 @@ ENVIRONMENT = "LAZYAHEAD_PACKED"
 """1 packs whatever the memory, 0 never does."""
 _SPARE = 2
 """Weights are packed where so many times their bytes are free."""
+_LARGE = 2**19
+"""Weights of an fp32 product from which on packing pays for the call around it; measured."""
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children of one module that are called with the same input, one after another."""
 
@@ -95,7 +97,12 @@ def _groups(model: nn.Module) -> list[list[nn.Linear]]:
     for module in model.modules():
         if id(module) not in taken and isinstance(module, nn.Linear) and can_pack(module):
             groups.append([module])
-    return groups
+    return [group for group in groups if _pays(group)]
+
+
+def _pays(members: Sequence[nn.Linear]) -> bool:
+    size = sum(member.weight.numel() for member in members)
+    return members[0].weight.dtype != torch.float32 or size >= _LARGE
 
 
 def _fit(members: Sequence[nn.Linear]) -> bool:

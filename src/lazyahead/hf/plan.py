@@ -178,7 +178,7 @@ class _Sight(NamedTuple):
         if seen.shape[0] == 1:
             live = int(seen.sum())
             return width, live if bool(seen[0, :live].all()) else self.to_bias(seen)[:, None]
-        if self.dtype == torch.bfloat16 and seen.shape[0] * self.groups > _FEW:
+        if seen.shape[0] * self.groups > _FEW:
             end = int(seen.any(0).nonzero()[-1]) + 1
             width = min(BLOCK, math.ceil(end / _TRIM) * _TRIM)
         seen = seen[:, :width]

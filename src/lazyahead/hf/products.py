@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lazyahead.cache.blocks import Blocks
 from lazyahead.hf.plan import Plan, Span
@@ -22,8 +21,6 @@ from lazyahead.hf.rows import AttentionParams
 
 LARGE = 2.0**22
 """A row sum beyond this, or none, says that the shift was too small to be exact."""
-_FEWEST = {torch.float32: 4}
-"""Products of fewer rows take another path, with other bits; measured."""
 
 
 class Work:
@@ -47,7 +44,7 @@ class Work:
         self.key_blocks, self.value_blocks = keys.blocks, values.blocks
         self.dtype = folded.dtype
         self.num_kv, self.num_rows, self.groups, self.width = folded.shape
-        rounds = self.dtype != torch.float32 and math.frexp(heads.scaling)[0] != 0.5
+        rounds = math.frexp(heads.scaling)[0] != 0.5
         self.late_scaling = heads.scaling if rounds or heads.softcap is not None else None
         """Where scaling the query would round it once more, the scores are scaled."""
         self.own = own
@@ -84,7 +81,7 @@ class Work:
         (H_kv, R, G, 1)."""
         num_rows = query.shape[1]
         count = num_rows * self.groups
-        rows = enough_rows(query.reshape(self.num_kv, count, -1), self.dtype)
+        rows = query.reshape(self.num_kv, count, -1)
         sums = Sums()
         for span in spans:
             part = slice(span.block, span.block + span.num_blocks)
@@ -92,13 +89,13 @@ class Work:
             values = self.value_blocks[part, :, : span.width]
             scores = self.scores(rows, keys)
             for block, bias in span.biases:
-                hide(scores[block, :, :count], bias)
+                hide(scores[block], bias)
             sums.add(scores.exp_(), values)
         shape = (self.num_kv, num_rows, self.groups, -1)
         if sums.total is None or sums.answer is None:  # no span
             zero = torch.zeros((*shape[:-1], 1), device=query.device)
             return zero.expand(*shape[:-1], self.value_blocks.shape[-1]).clone(), zero
-        return sums.answer[:, :count].view(shape), sums.total[:, :count].view(shape)
+        return sums.answer.view(shape), sums.total.view(shape)
 
     def scores(self, rows: Tensor, keys: Tensor) -> Tensor:
         """Rows (H, C, D + EXTRA) over keys (blocks, H, W, D + EXTRA): (blocks, H, C, W)."""
@@ -121,12 +118,12 @@ class Work:
     def top(self, part: Tensor, spans: Sequence[Span]) -> Tensor:
         """(H_kv, R, G, 1) the highest raw score of each row over what it sees of the spans."""
         num_rows = part.shape[1]
-        flat = enough_rows(part.reshape(self.num_kv, num_rows * self.groups, -1), self.dtype)
+        flat = part.reshape(self.num_kv, num_rows * self.groups, -1)
         top = part.new_full((self.num_kv, num_rows, self.groups, 1), -torch.inf)
         for span in spans:
             part_of = slice(span.block, span.block + span.num_blocks)
             keys = self.key_blocks[part_of, :, : span.width, : self.width]
-            scores = (flat @ keys.transpose(2, 3))[:, :, : num_rows * self.groups]
+            scores = flat @ keys.transpose(2, 3)
             for block, bias in span.biases:
                 hide(scores[block], bias)
             top = torch.maximum(top, scores.amax(-1).amax(0).view(top.shape))
@@ -165,10 +162,3 @@ def hide(scores: Tensor, bias: Tensor | int) -> None:
         scores[:, :, bias:] = -torch.inf
     else:
         scores.view(scores.shape[0], bias.shape[0], -1, scores.shape[2]).add_(bias)
-
-
-def enough_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows (H, C, D) with zeros behind them, where products of `dtype` would depend on how few
-    they are."""
-    missing = _FEWEST.get(dtype, 1) - rows.shape[1]
-    return pad(rows, (0, 0, 0, missing)) if missing > 0 else rows

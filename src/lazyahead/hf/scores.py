@@ -8,7 +8,6 @@ from torch.nn.functional import pad
 
 from lazyahead.cache.blocks import BLOCK, EXTRA
 from lazyahead.cache.kv import LayerKV
-from lazyahead.hf.products import enough_rows
 from lazyahead.hf.ranks import over_ranks
 from lazyahead.hf.rows import AttentionParams, QueryRows
 
@@ -110,11 +109,11 @@ def _over_blocks(query: Tensor, kv: LayerKV, mask: Tensor | None, heads: Attenti
     num_blocks, num_kv = key_blocks.shape[:2]
     groups, num_queries = query.shape[1] // num_kv, query.shape[2]
     folded = query.reshape(num_kv, groups * num_queries, -1)
-    wide = enough_rows(pad(folded, (0, EXTRA)), query.dtype)  # zeros meet the keys' extra columns
+    wide = pad(folded, (0, EXTRA))  # zeros meet the keys' extra columns
     products = torch.bmm(
         wide.repeat(num_blocks, 1, 1), key_blocks.reshape(-1, *key_blocks.shape[2:]).transpose(1, 2)
     )
-    by_block = products[:, : folded.shape[1]].float().view(num_blocks, *folded.shape[:2], BLOCK)
+    by_block = products.float().view(num_blocks, *folded.shape[:2], BLOCK)
     logits = by_block.movedim(0, 2).flatten(2) * heads.scaling  # (H_kv, G * Q, blocks * BLOCK)
     if heads.softcap is not None:
         logits = heads.softcap * torch.tanh(logits / heads.softcap)

@@ -10,28 +10,27 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lazyahead.cache.blocks import BLOCK
-from lazyahead.cache.kv import BLOCKED_DTYPES
+from lazyahead.cache.kv import BLOCKED_DTYPE
 
 FEWEST_ROWS = 4
 """Measured with torch 2.13 on AVX-512: in bf16, a row alone is summed in another order where the
-sum is longer than 1,024, two rows now and then where the outputs are few; fp32 products of one to
-three rows always are."""
+sum is longer than 1,024, two rows now and then where the outputs are few."""
 
 
 def fewest_rows(device: torch.device, dtype: torch.dtype) -> int:
     """How many rows a pass must have at least, so that a row's bits do not depend on the others. 1
-    where nothing is known of device and dtype."""
-    return FEWEST_ROWS if device.type == "cpu" and dtype in BLOCKED_DTYPES else 1
+    where that decides no token (fp32), or nothing is known of the device."""
+    return FEWEST_ROWS if device.type == "cpu" and dtype == BLOCKED_DTYPE else 1
 
 
 @torch.no_grad()
-def is_steady(dtype: torch.dtype) -> bool:
-    """Whether this processor's products of at least `FEWEST_ROWS` rows give a row the same bits in
-    any company, measured: some milliseconds."""
+def is_steady() -> bool:
+    """Whether this processor's bf16 products of at least `FEWEST_ROWS` rows give a row the same
+    bits in any company, measured: some milliseconds."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
+        return torch.randn(*shape, generator=generator).to(BLOCKED_DTYPE)
 
     for width, height in ((576, 192), (576, 1536), (1536, 576), (4096, 128)):
         if not _same(partial(linear, weight=drawn(height, width)), drawn(64, width)):

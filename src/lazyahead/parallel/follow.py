@@ -77,7 +77,7 @@ class FollowingEngine(Engine):
 
     def take(self, told: Submitted) -> None:
         """Submits what the leader has submitted."""
-        session = self._sessions.setdefault(told.session, self.new_session())
+        session = self._sessions.setdefault(told.session, self.session_for(told.prefill))
         session.crop(told.num_kept)
         session.pending = told.pending
         request = Request(
@@ -101,8 +101,10 @@ class FollowingEngine(Engine):
         """Cancels a request."""
         self.cancel(self._requests.pop(number))
 
-    def join(self, rows: list[Rows]) -> None:
+    def join(self, rows: list[Rows], paused: Sequence[int]) -> None:
         """Runs one pass with the others."""
+        for number, request in self._requests.items():
+            request.is_paused = number in paused
         self._rows = rows
         for row in rows:
             drafts = self._requests[row.request].drafts
@@ -169,8 +171,8 @@ def _serve(group: Group, wanted: Load) -> None:
                     engine.drop(request)
                 case Forgotten(sessions):
                     engine.forget(sessions)
-                case Pass(rows):
-                    engine.join(rows)
+                case Pass(rows, paused):
+                    engine.join(rows, paused)
                 case Unload():
                     return
                 case message:

@@ -49,6 +49,7 @@ class LeadingEngine(Engine):
             message = Submitted(
                 self._requests[request],
                 self._number_of(session),
+                session.prefill,
                 len(session),
                 list(session.pending),
                 request.prompt,
@@ -82,7 +83,12 @@ class LeadingEngine(Engine):
             Rows(self._requests[item.request], len(item.segment.token_ids), _draft_of(item))
             for item in batch
         ]
-        self._group.tell(Pass(rows))
+        paused = [
+            number
+            for request, number in self._requests.items()
+            if request.is_paused and request.finish_reason is None
+        ]
+        self._group.tell(Pass(rows, paused))
         self._is_in_pass = True
         listener = _Listener(on_layer)
         parts = super()._run(batch, listener)

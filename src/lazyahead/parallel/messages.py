@@ -27,6 +27,8 @@ class Submitted(NamedTuple):
 
     request: int
     session: int
+    prefill: LazyPrefill | None
+    """The session's reading strategy."""
     num_kept: int
     pending: list[int]
     prompt: list[int]
@@ -60,6 +62,8 @@ class Pass(NamedTuple):
     """A pass begins."""
 
     rows: list[Rows]
+    paused: list[int]
+    """Requests that take no part."""
 
 
 class Kept(NamedTuple):
