@@ -20,7 +20,7 @@ from lazyahead.errors import (
 )
 from lazyahead.hf.folder import check_keys, check_objects, check_weights
 from lazyahead.hf.gguf import gguf_config, is_gguf, load_gguf
-from lazyahead.hf.ranks import accelerator, load_options
+from lazyahead.hf.ranks import accelerator, load_options, num_ranks
 
 T = TypeVar("T")
 NETWORK_TIMEOUT_S = 5.0
@@ -57,7 +57,13 @@ def load(
         check_weights(Path(name))
     try:
         model, tokenizer = _nearest(name, lambda **where: _parts(name, dtype, tp, **where))
-        return (model.eval() if tp > 1 else model.eval().to(target)), tokenizer
+        if tp == 1:
+            return model.eval().to(target), tokenizer
+        if num_ranks(model) != tp:
+            raise UnsupportedModelError(
+                f"transformers has not shared {name} out to {tp} ranks; load it without tp"
+            )
+        return model.eval(), tokenizer
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(
             f"{name} does not fit on {target}; choose a smaller model or dtype"

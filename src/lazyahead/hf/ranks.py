@@ -15,7 +15,10 @@ from lazyahead.errors import UnsupportedModelError
 
 def num_ranks(model: nn.Module) -> int:
     """Processes that hold a share of the model; 1 where it is whole."""
-    return int(getattr(model, "_tp_size", None) or 1)
+    if getattr(model, "_device_mesh", None) is None:
+        return 1
+    config = getattr(model.config, "distributed_config", None)
+    return int(getattr(config, "tp_size", None) or getattr(model, "_tp_size", None) or 1)
 
 
 def over_ranks(part: Tensor, how: str) -> Tensor:
