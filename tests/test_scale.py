@@ -13,7 +13,7 @@ COSTS = {
     ]
     for way, cold in (("full", 1.0), ("lazy", 0.4))
 }
-BASE = Setting(replicas=10, requests_per_replica=40)
+BASE = Setting(replicas=10, requests_per_replica=40, fewest_requests=400)
 
 
 def outcome(setting: Setting) -> simulation.Outcome:

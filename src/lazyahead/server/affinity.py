@@ -18,8 +18,9 @@ from lazyahead.errors import ConfigError
 
 PREFIX_CHARS = 2048
 """First characters of a prompt that say which document it is about."""
-LOAD_FACTOR = 1.25
-"""A replica takes at most so many times its fair share before the next one is asked."""
+LOAD_FACTOR = 2.0
+"""A replica takes at most so many times its fair share before the next one is asked. Chosen by
+simulation (docs/scale.md)."""
 
 
 def document_key(body: Mapping[str, Any], num_chars: int = PREFIX_CHARS) -> str:
