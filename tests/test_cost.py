@@ -14,8 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lazyahead import LLM, LazyPrefill
 from lazyahead.bench.methods import Cost
-from lazyahead.cache import kv
-from lazyahead.hf import packed, steady
+from lazyahead.hf import packed
 from lazyahead.hf.probe import examine
 from lazyahead.prefill.cost import (
     LayerCost,
@@ -76,13 +75,10 @@ def attention_flops(query, key, value, *args, out_val=None, **kwargs):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def exactly_what_is_needed() -> Iterator[None]:
-    """Attention over keys in one row, whose kernels skip what no row sees, and no rows that fill a
-    pass up: work in whole blocks is more than the formula says."""
+def plain_products() -> Iterator[None]:
+    """No packed products, which the counter does not know."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kv, "BLOCKED_DTYPES", ())
-        patch.setattr(steady, "FEWEST_ROWS", 1)
-        patch.setenv(packed.ENVIRONMENT, "0")  # the counter does not know packed products
+        patch.setenv(packed.ENVIRONMENT, "0")
         yield
 
 

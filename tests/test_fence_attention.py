@@ -27,10 +27,10 @@ def attend(query: Tensor, kv: LayerKV, rows: QueryRows, heads: AttentionParams) 
 
 @pytest.fixture(params=["blocks", "one row"], autouse=True, scope="module")
 def layout(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Keys in blocks, as on the CPU, and in one row, as on other devices."""
+    """Keys in blocks, as bfloat16 on the CPU, and in one row, as everything else."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "one row":
-            patch.setattr(kv_module, "BLOCKED_DTYPES", ())
+        if request.param == "blocks":
+            patch.setattr(kv_module, "BLOCKED_DTYPE", torch.float32)
         yield
 
 

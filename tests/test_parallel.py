@@ -99,6 +99,22 @@ def test_turns_batches_and_seeds_are_as_with_one_rank(
     assert texts[0] == texts[1]
 
 
+def test_ranks_share_prompts_alike(folders: dict[str, Path], group: Group) -> None:
+    document = prompts(300)[0]
+    asked = [[*document, *more] for more in prompts(20, 30, 25, seed=4)]
+    found = []
+    for tp in (1, group):
+        llm = LLM(folders["llama"], prefill=LAZY, prefix_cache_bytes=1 << 20, tp=tp)
+        answers = [llm.generate(text, sampling=GREEDY) for text in asked[:2]]
+        ahead = llm.read_ahead(document)
+        llm.add_prefix(ahead)
+        answers.append(llm.generate(asked[2], sampling=GREEDY))
+        found.append([(answer.token_ids, answer.stats.reused_tokens) for answer in answers])
+        llm.close()
+    assert found[0] == found[1]
+    assert found[0][1][1] == 256
+
+
 def test_a_cancelled_answer_leaves_the_ranks_in_step(
     folders: dict[str, Path], group: Group
 ) -> None:

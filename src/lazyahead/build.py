@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from lazyahead.cache.prefix import PrefixCache
 from lazyahead.config import LazyPrefill, Lookahead
 from lazyahead.draft.drafter import Drafter
 from lazyahead.draft.factory import strategy_for
@@ -29,6 +30,7 @@ def engine_for(
     decode: Lookahead | Drafter | None,
     prefill_chunk_size: int = 512,
     packed: bool | None = None,
+    prefix_cache: PrefixCache | None = None,
     make: Callable[..., Engine] = Engine,
 ) -> Engine:
     """`packed`: whether linear layers use packed weights (None: where memory allows). `make`: the
@@ -64,4 +66,5 @@ def engine_for(
         drafter=strategy.drafter,
         row_cost=row_cost_of(model) if decode is not None else None,
         prefill_chunk_size=prefill_chunk_size,
+        prefix_cache=prefix_cache,
     )

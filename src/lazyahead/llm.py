@@ -13,7 +13,8 @@ from torch import nn
 
 from lazyahead.answer import Answer, Setting, check, resume, shortest_session
 from lazyahead.build import engine_for
-from lazyahead.cache.session import Session
+from lazyahead.cache.prefix import PrefixCache
+from lazyahead.cache.session import Session, shared_prefix
 from lazyahead.cache.session_file import load_session, save_session
 from lazyahead.checks import check_count
 from lazyahead.config import LazyPrefill, Lookahead
@@ -43,9 +44,11 @@ class LLM:
     `prefill` and `decode` are the two strategies, as configs or by name (`"balanced"`,
     `"lookahead"`, `"off"`); None is plain. `decode` may also be a drafter of your own. `packed`
     lets linear layers on the CPU use weights packed for it, beside the plain ones: None does so
-    where twice their bytes are free, unless the environment says LAZYAHEAD_PACKED=0. `tp` shares
-    the model out to so many processes, one a GPU, or several on a CPU; `close` ends them. Raises
-    ModelError when the model cannot be loaded or does not support what was asked.
+    where twice their bytes are free, unless the environment says LAZYAHEAD_PACKED=0. With
+    `prefix_cache_bytes`, prompts share what they begin with, which is then computed once; answers
+    stay the same. `tp` shares the model out to so many processes, one a GPU, or several on a CPU,
+    each with a prefix cache of that size; `close` ends them. Raises ModelError when the model
+    cannot be loaded or does not support what was asked.
     """
 
     def __init__(
@@ -59,8 +62,10 @@ class LLM:
         decode: Lookahead | Drafter | str | None = None,
         prefill_chunk_size: int = 512,
         packed: bool | None = None,
+        prefix_cache_bytes: int = 0,
         tp: int | Group = 1,
     ) -> None:
+        check_count("prefix_cache_bytes", prefix_cache_bytes)
         self.prefill, self.decode = as_prefill(prefill), as_decode(decode)
         if isinstance(tokenizer, str | Path):
             tokenizer = load_tokenizer(str(tokenizer))
@@ -69,14 +74,15 @@ class LLM:
             model = str(reader_path() if model is None else model)
         else:
             self.name = str(unwrap(model).config.name_or_path or "model")
+        sizes = (prefill_chunk_size, packed, prefix_cache_bytes)
         self._lead = lead(tp, model)
         if self._lead is None:
-            self._load(model, tokenizer, dtype, device, prefill_chunk_size, packed, Engine)
+            self._load(model, tokenizer, dtype, device, *sizes, Engine)
         else:
             assert isinstance(model, str)
-            options = (self.prefill, self.decode, prefill_chunk_size, packed)
+            options = (self.prefill, self.decode, *sizes)
             with self._lead.loading(model, str(dtype), device, *options) as make:
-                self._load(model, tokenizer, dtype, device, prefill_chunk_size, packed, make)
+                self._load(model, tokenizer, dtype, device, *sizes, make)
         self.max_context = max_context(self.model)
         self.eos_ids = eos_ids(self.model, self.tokenizer)
         self._setting = Setting(
@@ -95,6 +101,7 @@ class LLM:
         device: str,
         prefill_chunk_size: int,
         packed: bool | None,
+        prefix_cache_bytes: int,
         make: Callable[..., Engine],
     ) -> None:
         """Sets the model, its tokenizer, what it supports and its engine."""
@@ -106,7 +113,8 @@ class LLM:
             self.model, self.tokenizer = unwrap(model), tokenizer
         with plain_tensors():
             self.support = probe(self.model)
-            options = (self.prefill, self.decode, prefill_chunk_size, packed, make)
+            cache = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
+            options = (self.prefill, self.decode, prefill_chunk_size, packed, cache, make)
             self.engine = engine_for(self.model, self.tokenizer, *options)
 
     def close(self) -> None:
@@ -146,6 +154,36 @@ class LLM:
         with plain_tensors():
             empty = self.engine.new_session()
             return load_session(path, self.model, self.prefill, empty, self._like)
+
+    def read_ahead(self, document: str | list[int]) -> Session:
+        """Computes what prompts that begin with a document have in common, before any question,
+        and keeps it in the prefix cache where there is one.
+
+        The session it returns is for `save_session`, and after `load_session` for `add_prefix`.
+        Raises RequestError, ContextLengthError.
+        """
+        token_ids = self._beginning(document)
+        with self.engine.lock, plain_tensors():
+            session = self.engine.read_ahead(token_ids)
+            for kv, known in zip(session.kv, self._like().kv, strict=True):
+                if not len(kv):  # none yet, of the shape that a file gives
+                    kv.append(known.keys[:, :, :0], known.values[:, :, :0], known.positions[:0])
+            return session
+
+    def add_prefix(self, session: Session) -> None:
+        """Puts what `read_ahead` gave into the prefix cache. Raises RequestError where there is
+        none, or where the session is another."""
+        with self.engine.lock, plain_tensors():
+            self.engine.add_prefix(session)
+
+    def _beginning(self, document: str | list[int]) -> list[int]:
+        """The tokens of a document that do not depend on the question behind it."""
+        prompt = self._encode(document, None)
+        check(self._setting, prompt, Sampling(max_new_tokens=1))
+        if not isinstance(document, str):
+            return prompt.token_ids
+        asked = self.encode(document, "?").token_ids
+        return prompt.token_ids[: shared_prefix(prompt.token_ids, asked)]
 
     def _check_whole(self) -> None:
         if self._lead is not None:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from lazyahead.cli import options
 from lazyahead.cli.bench_decode import bench_decode
+from lazyahead.cli.bench_prefix import bench_prefix
 from lazyahead.cli.bench_quality import bench_quality
 from lazyahead.cli.bench_replay import bench_replay
 from lazyahead.cli.output import print_json, record, seconds, tables
@@ -30,6 +31,7 @@ app = typer.Typer(no_args_is_help=True)
 app.command("decode")(bench_decode)
 app.command("replay")(bench_replay)
 app.command("quality")(bench_quality)
+app.command("prefix")(bench_prefix)
 
 
 @app.callback()

@@ -10,19 +10,22 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lazyahead.cache.prefix import PrefixCache
 from lazyahead.cache.session import Session
 from lazyahead.draft.config import Lookahead
 from lazyahead.draft.drafter import Drafter, NoDrafter
 from lazyahead.draft.learned_cost import LearnedRowCost
 from lazyahead.draft.tree import Draft
 from lazyahead.draft.verify import Walk, walk
+from lazyahead.engine.prefixes import PrefixSharing
 from lazyahead.engine.request import Request
 from lazyahead.engine.scheduler import Scheduled, Scheduler
-from lazyahead.errors import ConfigError
+from lazyahead.errors import ConfigError, RequestError
 from lazyahead.hf.plain_runner import PlainRunner
 from lazyahead.hf.runner import Runner
 from lazyahead.prefill.config import LazyPrefill
 from lazyahead.prefill.schedule import boundaries
+from lazyahead.sampling import Picker
 
 OnLayer = Callable[[int], None]
 
@@ -62,6 +65,7 @@ class Engine:
         row_cost: LearnedRowCost | None = None,
         prefill_chunk_size: int = 512,
         max_running: int = 64,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
         if prefill_chunk_size < 1 or max_running < 1:
             raise ConfigError(
@@ -73,12 +77,16 @@ class Engine:
         self.decode = decode
         self.drafter = drafter or NoDrafter()
         self.row_cost = row_cost
+        self.prefixes: PrefixSharing | None = None
+        if prefix_cache is not None and isinstance(runner, Runner):
+            self.prefixes = PrefixSharing(prefix_cache, runner)
         self._scheduler = Scheduler(
             runner,
             decode,
             row_cost,
             prefill_chunk_size=prefill_chunk_size,
             max_running=max_running,
+            prefixes=self.prefixes,
         )
         self._attached: list[AbstractContextManager[Any]] = []
         self.in_pass: tuple[Request, ...] = ()
@@ -160,6 +168,28 @@ class Engine:
                 for request in requests:
                     self.cancel(request)
 
+    def read_ahead(self, token_ids: Sequence[int], prefill: LazyPrefill | None = None) -> Session:
+        """Computes the beginning of later prompts up to the first boundary, and keeps it in the
+        prefix cache where there is one. `prefill` is another strategy than the engine's own.
+        Raises RequestError where the model keeps a state of its own."""
+        session = self.new_session() if prefill is None else self.session_for(prefill)
+        if not session.num_layers:
+            raise RequestError("this model keeps a state of its own, which no prompts can share")
+        picker = Picker()
+        request = Request(
+            token_ids, picker, session=session, max_new_tokens=1, min_tokens=0, is_open=True
+        )
+        self.answer([request])
+        return session
+
+    def add_prefix(self, session: Session, namespace: str | None = None) -> None:
+        """Puts a session of `read_ahead` into the prefix cache. Raises RequestError where there is
+        no cache, or where the session is another."""
+        if self.prefixes is None:
+            raise RequestError("there is no prefix cache; give prefix_cache_bytes")
+        with self.lock:
+            self.prefixes.add(session, namespace)
+
     def step(self, on_layer: OnLayer | None = None) -> None:
         """One pass for all running requests. Where it fails, everything is as before it."""
         with self.lock:
@@ -227,6 +257,9 @@ class Engine:
             if emitted:
                 request.sources = request.draft.sources_of(nodes, len(emitted))
                 self._publish(scheduled, tokens, emitted, reason)
+            elif request.prefill.is_open and request.prefill.is_done:
+                self._share(request)
+                self._finish(request, "stop")
 
     # --- their parts ------------------------------------------------------------------------
 
@@ -236,6 +269,8 @@ class Engine:
         num_entered = len(scheduled.request.session) + len(scheduled.segment.token_ids)
         progress.num_entered = min(progress.end, num_entered) - progress.start
         has_last = scheduled.has_last or scheduled.continues
+        if progress.is_open:
+            has_last = progress.num_entered == progress.end - progress.start
         progress.is_done = has_last and progress.stage is None
 
     def _note_cost(self, verified: Sequence[Verified], seconds: float) -> None:
@@ -318,8 +353,14 @@ class Engine:
                 request.drafts.feedback(request.proposed, tokens)
         request.trim_logits()
         request.emit(emitted, reason)
+        if scheduled.is_prefill:
+            self._share(request)
         if reason is not None:
             self._finish(request, reason)
+
+    def _share(self, request: Request) -> None:
+        if self.prefixes is not None:
+            self.prefixes.keep(request)
 
     def _finish(self, request: Request, reason: str) -> None:
         request.finish_reason = reason

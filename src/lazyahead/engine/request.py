@@ -31,12 +31,14 @@ class Request:
         question: tuple[int, int] | None = None,
         prefix: Sequence[int] | None = None,
         min_tokens: int | None = None,
+        is_open: bool = False,
     ) -> None:
         """`prompt` is the whole text, whose first `len(session)` tokens the session has computed.
         `accept` receives each token of the answer and may return a finish reason; `emit` receives
         the tokens of each step after it is committed. `prefix` is what logits processors see in
         place of `prompt` (left padding included). Prompts that add fewer than `min_tokens` are
-        never pruned."""
+        never pruned. An open request has no answer: it ends when the prompt, the beginning of
+        others, has been computed up to the first boundary."""
         # Set by the caller.
         self.prompt = list(prompt)
         self.picker = picker
@@ -51,7 +53,8 @@ class Request:
         self.may_draft = True
         """Whether the engine's drafter guesses for it."""
         self.namespace: str | None = None
-        """Whose earlier answers it is drafted from; None: the engine's own."""
+        """Whose earlier answers it is drafted from and whose prompts share what they begin with;
+        None: the engine's own."""
         self.is_paused = False
         """Left out of passes until this is False again. It then takes no place among those that
         run at once."""
@@ -65,7 +68,7 @@ class Request:
         """When it came to run; None: it waits."""
         num_new = len(self.prompt) - len(session)
         prunes = num_new >= (min_tokens or 0)
-        self.prefill = PrefillProgress(len(session), len(self.prompt), prunes, question)
+        self.prefill = PrefillProgress(len(session), len(self.prompt), prunes, question, is_open)
         self.proposed = Draft.EMPTY
         """What the drafter proposed for this step."""
         self.draft = Draft.EMPTY

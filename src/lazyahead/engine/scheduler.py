@@ -14,6 +14,7 @@ from lazyahead.draft.config import Lookahead
 from lazyahead.draft.learned_cost import LearnedRowCost
 from lazyahead.draft.tree import Draft
 from lazyahead.engine.checkpoint import Checkpoint
+from lazyahead.engine.prefixes import PrefixSharing
 from lazyahead.engine.request import Request
 from lazyahead.hf.plain_runner import PlainRunner
 from lazyahead.hf.runner import Runner
@@ -65,8 +66,10 @@ class Scheduler:
         *,
         prefill_chunk_size: int,
         max_running: int,
+        prefixes: PrefixSharing | None = None,
     ) -> None:
         self._runner = runner
+        self._prefixes = prefixes
         self._decode = decode
         self._row_cost = row_cost
         self._prefill_chunk_size = prefill_chunk_size
@@ -127,6 +130,8 @@ class Scheduler:
             request = self._waiting.popleft()
             request.admitted = perf_counter()
             request.session.prompt_len = len(request.prompt)
+            if self._prefixes is not None:
+                self._prefixes.begin(request)
             self._running.append(request)
 
     # --- decoding ---------------------------------------------------------------------------
@@ -228,7 +233,8 @@ class Scheduler:
             num = chunk_len(progress.end - start, limit, num_queries)
             token_ids = request.prompt[start : start + num]
             positions = range(start, start + num)
-        has_last = not continues and positions[-1] == progress.end - 1
+        ends = positions[-1] == progress.end - 1 and not progress.is_open
+        has_last = ends and not continues
         policy: Policy = KEEP_ALL
         if config is not None and _selects(request, config):
             policy = PrefillPolicy(session, config, progress, has_last=has_last, limit=limit)

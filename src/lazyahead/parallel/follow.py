@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from lazyahead.build import engine_for
+from lazyahead.cache.prefix import PrefixCache
 from lazyahead.cache.session import Session
 from lazyahead.draft.drafter import NoDrafter
 from lazyahead.draft.tree import Draft, Source
@@ -28,6 +29,7 @@ from lazyahead.hf.load import load
 from lazyahead.hf.plain_tensors import plain_tensors
 from lazyahead.parallel.group import Group
 from lazyahead.parallel.messages import (
+    Added,
     Cancelled,
     Commit,
     End,
@@ -86,11 +88,17 @@ class FollowingEngine(Engine):
             session=session,
             max_new_tokens=told.max_new_tokens,
             question=told.question,
+            is_open=told.is_open,
         )
         request.prefill.prunes = told.prunes
+        request.namespace = told.namespace
         request.drafts = _ToldDrafts()
         self._requests[told.request] = request
         self.submit(request)
+
+    def add(self, session: int, namespace: str | None) -> None:
+        """Puts a session into the prefix cache."""
+        self.add_prefix(self._sessions[session], namespace)
 
     def forget(self, sessions: Sequence[int]) -> None:
         """Drops what the leader no longer holds."""
@@ -157,8 +165,9 @@ def _serve(group: Group, wanted: Load) -> None:
     """One model, from its loading to its unloading."""
     model, _ = load(wanted.name, wanted.dtype, wanted.device, group.size)
     make = partial(FollowingEngine, group)
-    prefill, decode, chunk = wanted.prefill, wanted.decode, wanted.prefill_chunk_size
-    engine = engine_for(model, None, prefill, decode, chunk, wanted.packed, make)
+    cache = PrefixCache(wanted.prefix_cache_bytes) if wanted.prefix_cache_bytes else None
+    sizes = (wanted.prefill_chunk_size, wanted.packed, cache)
+    engine = engine_for(model, None, wanted.prefill, wanted.decode, *sizes, make)
     assert isinstance(engine, FollowingEngine)
     if wanted.needs_owner:
         owner_of(model)
@@ -167,6 +176,8 @@ def _serve(group: Group, wanted: Load) -> None:
             match group.hear():
                 case Submitted() as told:
                     engine.take(told)
+                case Added(session, namespace):
+                    engine.add(session, namespace)
                 case Cancelled(request):
                     engine.drop(request)
                 case Forgotten(sessions):

@@ -14,8 +14,10 @@ from lazyahead.cache.session import Session
 from lazyahead.engine.engine import Accepted, Engine, OnLayer, Verified
 from lazyahead.engine.request import Request
 from lazyahead.engine.scheduler import Scheduled
+from lazyahead.errors import RequestError
 from lazyahead.parallel.group import Group
 from lazyahead.parallel.messages import (
+    Added,
     Cancelled,
     Commit,
     Forgotten,
@@ -56,9 +58,18 @@ class LeadingEngine(Engine):
                 progress.question,
                 progress.prunes,
                 request.max_new_tokens,
+                progress.is_open,
+                request.namespace,
             )
             self._tell_forgotten()
             self._group.tell(message)
+
+    def add_prefix(self, session: Session, namespace: str | None = None) -> None:
+        with self.lock:
+            if session not in self._sessions:
+                raise RequestError("the session is no beginning that `read_ahead` computed")
+            super().add_prefix(session, namespace)
+            self._group.tell(Added(self._sessions[session], namespace))
 
     def cancel(self, request: Request) -> None:
         with self.lock:

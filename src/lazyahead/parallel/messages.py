@@ -20,6 +20,7 @@ class Load(NamedTuple):
     needs_owner: bool
     prefill_chunk_size: int
     packed: bool | None
+    prefix_cache_bytes: int
 
 
 class Submitted(NamedTuple):
@@ -35,6 +36,15 @@ class Submitted(NamedTuple):
     question: tuple[int, int] | None
     prunes: bool
     max_new_tokens: int
+    is_open: bool
+    namespace: str | None
+
+
+class Added(NamedTuple):
+    """A session goes into the prefix cache."""
+
+    session: int
+    namespace: str | None
 
 
 class Cancelled(NamedTuple):
@@ -93,4 +103,4 @@ class End(NamedTuple):
     """The group ends."""
 
 
-Message = Load | Submitted | Cancelled | Forgotten | Pass | Commit | Undo | Unload | End
+Message = Load | Submitted | Added | Cancelled | Forgotten | Pass | Commit | Undo | Unload | End

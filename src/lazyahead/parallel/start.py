@@ -54,6 +54,7 @@ class Lead:
         decode: Lookahead | Drafter | None,
         prefill_chunk_size: int,
         packed: bool | None,
+        prefix_cache_bytes: int,
     ) -> Iterator[Callable[..., Engine]]:
         """Inside, the other ranks load the model, as the caller must; yields what makes its engine.
 
@@ -70,7 +71,17 @@ class Lead:
             told = replace(decode, memory=None) if isinstance(decode, Lookahead) else Lookahead()
         self.group.is_used = True
         self.group.tell(
-            Load(name, dtype, device, prefill, told, needs_owner, prefill_chunk_size, packed)
+            Load(
+                name,
+                dtype,
+                device,
+                prefill,
+                told,
+                needs_owner,
+                prefill_chunk_size,
+                packed,
+                prefix_cache_bytes,
+            )
         )
         try:
             yield partial(LeadingEngine, self.group)

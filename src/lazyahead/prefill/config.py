@@ -85,6 +85,11 @@ class LazyPrefill:
         for name in _COUNTS:
             check_count(name, getattr(self, name))
 
+    @property
+    def num_last_rows(self) -> int:
+        """Rows at the prompt's end that attend to everything in every layer."""
+        return max(self.local_full_rows, self.protect_last, self.scorer.window_size)
+
     @classmethod
     def paper(cls) -> LazyPrefill:
         """The paper to the letter: last token, one layer, no protection, percentile selection at

@@ -147,7 +147,7 @@ def layer_flops(
     total = 0.0
     for index, (layer, count) in enumerate(zip(model.layers, counts, strict=True)):
         if config is not None and index in local and layer.attends_fully:
-            num_last = max(config.local_full_rows, config.protect_last, config.scorer.window_size)
+            num_last = config.num_last_rows
             pairs = local_pairs(count, config.local_window, num_last)
         else:
             pairs = causal_pairs(layer, count, num_tokens)

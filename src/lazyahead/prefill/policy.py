@@ -69,6 +69,8 @@ class PrefillPolicy(BoundaryPolicy):
             return self._continue_chunk(stash, segment)
         if self.is_placeholder or not segment.num_rows:
             return None
+        if self.progress.shares and layer == min(self.boundary_layers):
+            self.progress.shared += (hidden,)
         below = self.below(layer, segment)
         if not self.has_last:
             return defer_all(stash, hidden, segment, below.row_slots)
@@ -81,8 +83,8 @@ class PrefillPolicy(BoundaryPolicy):
     def _set_local_window(self) -> None:
         """Rows before the last ones attend to a window only, in layers below the first cut."""
         config = self.config
-        last_rows = max(config.local_full_rows, config.protect_last, config.scorer.window_size)
-        self.local = LocalWindow(config.local_window, self.progress.end - last_rows)
+        until = self.progress.end - (0 if self.progress.is_open else config.num_last_rows)
+        self.local = LocalWindow(config.local_window, until)
         placed = list(self.session.boundaries.values())
         self.local_layers = local_layers(placed, self.session.num_layers, config.local_from)
 

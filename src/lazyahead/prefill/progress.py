@@ -24,6 +24,13 @@ class PrefillProgress:
     """Whether this turn's tokens may be deferred."""
     question: tuple[int, int] | None = None
     """Half-open span of positions that always go on."""
+    is_open: bool = False
+    """Whether the text only begins here: its tokens are computed up to the first boundary, none is
+    answered."""
+    shares: bool = False
+    """Whether hidden states at the first boundary are collected for other prompts."""
+    shared: tuple[Tensor, ...] = ()
+    """Those collected: (T, d), from the prompt's first token on."""
     num_entered: int = 0
     """Tokens of this turn that have entered layer 0."""
     stage: int | None = None
