@@ -13,7 +13,7 @@ FLOORS = [
     ["hf"],
     ["cache", "prefill"],
     ["engine"],
-    ["answer", "build", "reader"],
+    ["answer", "build", "reader", "parallel"],
     ["llm"],
     ["documents"],
     ["integrations", "server"],

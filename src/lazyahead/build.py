@@ -3,6 +3,7 @@ runs it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from lazyahead.errors import UnsupportedModelError
 from lazyahead.hf.fingerprint import owner_of
 from lazyahead.hf.plain_runner import PlainRunner
 from lazyahead.hf.probe import examine
+from lazyahead.hf.ranks import num_ranks
 from lazyahead.hf.runner import Runner
 
 
@@ -29,11 +31,18 @@ def engine_for(
     prefill_chunk_size: int = 512,
     packed: bool | None = None,
     prefix_cache: PrefixCache | None = None,
+    make: Callable[..., Engine] = Engine,
 ) -> Engine:
-    """`packed`: whether linear layers use packed weights (None: where memory allows).
+    """`packed`: whether linear layers use packed weights (None: where memory allows). `make`: the
+    kind of engine.
 
     Raises UnsupportedModelError, naming the family and the reason, when the model cannot do what
     is asked."""
+    if num_ranks(model) > 1 and make is Engine:
+        raise UnsupportedModelError(
+            f"{model.config.name_or_path} is shared out to {num_ranks(model)} ranks, which must "
+            f"be led; load it with LLM(..., tp={num_ranks(model)})"
+        )
     support, spec = examine(model)
     name = f"{model.config.name_or_path or type(model).__name__} ({support.model_type})"
     if support.level == "none":
@@ -44,13 +53,13 @@ def engine_for(
                 "pass prefill=None and decode=None (--prefill off --decode off) to run it plainly"
             )
             raise UnsupportedModelError(f"{name} can only decode: {support.reason}; {remedy}")
-        return Engine(PlainRunner(model), None, None)
+        return make(PlainRunner(model), None, None)
     runner = Runner(model, spec)
     runner.pack(packed)
     owner = partial(owner_of, model, tokenizer)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     strategy = strategy_for(decode, owner, vocab_size)
-    return Engine(
+    return make(
         runner,
         prefill,
         strategy.config,

@@ -8,7 +8,8 @@ loaded, or is not supported │   ├── ModelNotFoundError              no s
 safetensors │   └── UnsupportedModelError           this architecture cannot do what was asked, with
 the reason ├── SessionFileError                    a saved session that is damaged or belongs to
 another model ├── MemoryFileError                     an answers log that is damaged or belongs to
-another model or tokenizer └── OutOfMemoryError                    the device is full; says how much
+another model or tokenizer ├── RankError                           a process of a tensor-parallel
+group has ended └── OutOfMemoryError                    the device is full; says how much
 was needed
 """
 
@@ -47,6 +48,10 @@ class SessionFileError(LazyAheadError):
 
 class MemoryFileError(LazyAheadError):
     """An answers log that is damaged, or that belongs to another model or tokenizer."""
+
+
+class RankError(LazyAheadError):
+    """A process of a tensor-parallel group has ended, and the group with it."""
 
 
 class OutOfMemoryError(LazyAheadError):

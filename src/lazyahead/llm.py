@@ -19,12 +19,15 @@ from lazyahead.cache.session_file import load_session, save_session
 from lazyahead.checks import check_count
 from lazyahead.config import LazyPrefill, Lookahead
 from lazyahead.draft.drafter import Drafter
-from lazyahead.errors import RequestError
+from lazyahead.engine.engine import Engine
+from lazyahead.errors import RequestError, SessionFileError
 from lazyahead.hf.load import eos_ids, load, load_tokenizer, max_context
 from lazyahead.hf.plain_tensors import plain_tensors
 from lazyahead.hf.probe import probe
 from lazyahead.hf.unwrap import unwrap
 from lazyahead.inputs import Text, as_decode, as_prefill, as_prompts, naming
+from lazyahead.parallel.group import Group
+from lazyahead.parallel.start import lead
 from lazyahead.reader import reader_path
 from lazyahead.results import Completion, Piece, Reach
 from lazyahead.sampling import Sampling
@@ -43,8 +46,9 @@ class LLM:
     lets linear layers on the CPU use weights packed for it, beside the plain ones: None does so
     where twice their bytes are free, unless the environment says LAZYAHEAD_PACKED=0. With
     `prefix_cache_bytes`, prompts share what they begin with, which is then computed once; answers
-    stay the same. Raises ModelError when the model cannot be loaded or does not support what was
-    asked.
+    stay the same. `tp` shares the model out to so many processes, one a GPU, or several on a CPU,
+    each with a prefix cache of that size; `close` ends them. Raises ModelError when the model
+    cannot be loaded or does not support what was asked.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class LLM:
         prefill_chunk_size: int = 512,
         packed: bool | None = None,
         prefix_cache_bytes: int = 0,
+        tp: int | Group = 1,
     ) -> None:
         check_count("prefix_cache_bytes", prefix_cache_bytes)
         self.prefill, self.decode = as_prefill(prefill), as_decode(decode)
@@ -66,23 +71,18 @@ class LLM:
             tokenizer = load_tokenizer(str(tokenizer))
         if model is None or isinstance(model, str | Path):
             self.name = "built-in reader" if model is None else str(model)
-            path = reader_path() if model is None else model
-            self.model, loaded = load(str(path), dtype, device)
-            self.tokenizer = tokenizer or loaded
+            model = str(reader_path() if model is None else model)
         else:
-            self.model, self.tokenizer = unwrap(model), tokenizer
-            self.name = str(self.model.config.name_or_path or "model")
-        with plain_tensors():
-            self.support = probe(self.model)
-            self.engine = engine_for(
-                self.model,
-                self.tokenizer,
-                self.prefill,
-                self.decode,
-                prefill_chunk_size,
-                packed,
-                PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None,
-            )
+            self.name = str(unwrap(model).config.name_or_path or "model")
+        sizes = (prefill_chunk_size, packed, prefix_cache_bytes)
+        self._lead = lead(tp, model)
+        if self._lead is None:
+            self._load(model, tokenizer, dtype, device, *sizes, Engine)
+        else:
+            assert isinstance(model, str)
+            options = (self.prefill, self.decode, *sizes)
+            with self._lead.loading(model, str(dtype), device, *options) as make:
+                self._load(model, tokenizer, dtype, device, *sizes, make)
         self.max_context = max_context(self.model)
         self.eos_ids = eos_ids(self.model, self.tokenizer)
         self._setting = Setting(
@@ -92,6 +92,36 @@ class LLM:
             self.max_context,
         )
         self._sample: Session | None = None
+
+    def _load(
+        self,
+        model: str | nn.Module,
+        tokenizer: Any,
+        dtype: str | torch.dtype,
+        device: str,
+        prefill_chunk_size: int,
+        packed: bool | None,
+        prefix_cache_bytes: int,
+        make: Callable[..., Engine],
+    ) -> None:
+        """Sets the model, its tokenizer, what it supports and its engine."""
+        if isinstance(model, str):
+            num_ranks = 1 if self._lead is None else self._lead.group.size
+            self.model, loaded = load(model, dtype, device, num_ranks)
+            self.tokenizer = tokenizer or loaded
+        else:
+            self.model, self.tokenizer = unwrap(model), tokenizer
+        with plain_tensors():
+            self.support = probe(self.model)
+            cache = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
+            options = (self.prefill, self.decode, prefill_chunk_size, packed, cache, make)
+            self.engine = engine_for(self.model, self.tokenizer, *options)
+
+    def close(self) -> None:
+        """Ends the other processes of tensor parallelism; without them there is nothing to end."""
+        if self._lead is not None:
+            with self.engine.lock:
+                self._lead.close()
 
     def encode(self, prompt: str, question: str | None = None) -> Prompt:
         """Text to tokens through the chat template. Raises RequestError when there is no text, or
@@ -114,6 +144,7 @@ class LLM:
     def save_session(self, session: Session, path: str | Path) -> None:
         """Writes a session to a safetensors file that `load_session` takes. Raises
         SessionFileError."""
+        self._check_whole()
         if len(session) and not session.in_use:
             with self.engine.lock, plain_tensors():
                 session.shape_like(self._like())
@@ -122,6 +153,7 @@ class LLM:
     def load_session(self, path: str | Path) -> Session:
         """Reads a session back. Raises SessionFileError for a damaged file or one of another model
         or config."""
+        self._check_whole()
         with plain_tensors():
             empty = self.engine.new_session()
             return load_session(path, self.model, self.prefill, empty, self._like)
@@ -151,6 +183,13 @@ class LLM:
             return prompt.token_ids
         one, other = (self.encode(document, asked).token_ids for asked in ("What?", "- 1"))
         return one[: shared_prefix(one, other)]
+
+    def _check_whole(self) -> None:
+        if self._lead is not None:
+            raise SessionFileError(
+                f"under tp={self._lead.group.size} each rank holds a share of a session, so it "
+                "has no file; load the model without tp for that"
+            )
 
     def _like(self) -> Session:
         """A session of two tokens, for what its states look like."""

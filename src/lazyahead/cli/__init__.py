@@ -14,7 +14,7 @@ from typing import TextIO
 
 import typer
 
-from lazyahead.errors import LazyAheadError, OutOfMemoryError
+from lazyahead.errors import LazyAheadError, OutOfMemoryError, RankError
 
 INTERRUPTED = 130
 
@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
         return 1
     except LazyAheadError as error:
         complain(str(error))
-        return 1 if isinstance(error, OutOfMemoryError) else 2
+        return 1 if isinstance(error, OutOfMemoryError | RankError) else 2
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise

@@ -32,6 +32,7 @@ def chat(
     model: options.Model = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    tp: options.TensorParallel = 1,
     prefill: options.Prefill = None,
     decode: options.Decode = None,
     memory: options.Memory = None,
@@ -55,7 +56,7 @@ def chat(
         seed=seed,
         stop=stop,
     )
-    llm = options.Loading(model, dtype, device, prefill, decode, memory, namespace).load()
+    llm = options.Loading(model, dtype, device, prefill, decode, memory, namespace, tp).load()
     _check_room(llm, document, sampling)
     if sys.stdin.isatty():
         note(f"{llm.name}. Ctrl-C stops an answer; {COMMANDS}.")

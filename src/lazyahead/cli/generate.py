@@ -59,6 +59,7 @@ def generate(
     model: options.Model = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    tp: options.TensorParallel = 1,
     prefill: options.Prefill = None,
     decode: options.Decode = None,
     memory: options.Memory = None,
@@ -91,7 +92,7 @@ def generate(
         seed=seed,
         stop=stop,
     )
-    llm = options.Loading(model, dtype, device, prefill, decode, memory, namespace).load()
+    llm = options.Loading(model, dtype, device, prefill, decode, memory, namespace, tp).load()
     kept = _open_session(llm, session, needed=explain is not None)
     ask = _question(llm, document, question, kept, sampling)
     results: dict[str, Any] = {}

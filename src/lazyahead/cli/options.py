@@ -35,6 +35,9 @@ Model = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 and so on.")]
+TensorParallel = Annotated[
+    int, typer.Option("--tp", min=1, help="Processes that share the model: one a GPU.")
+]
 Prefill = Annotated[
     str | None, typer.Option(help="off, a preset, or a profile (.toml). Left out: balanced.")
 ]
@@ -92,11 +95,14 @@ class Loading:
     decode: str | None = None
     memory: Path | None = None
     namespace: str | None = None
+    tp: int = 1
 
     def load(self) -> LLM:
         """Loads the model; a line on stderr where it is the built-in one."""
         given: dict[str, Any] = {"model": self.model, "dtype": self.dtype, "device": self.device}
         given = {name: value for name, value in given.items() if value is not None}
+        if self.tp > 1:
+            given["tp"] = self.tp
         if self.model is not None and self.model.startswith("~"):
             given["model"] = str(parse_path(self.model))
         if self.prefill is not None:

@@ -38,6 +38,15 @@ class Verified(NamedTuple):
     """Empty where this pass gave no answer token."""
 
 
+class Accepted(NamedTuple):
+    """Of a walk, the tokens that the answer takes, and why it ends with them."""
+
+    scheduled: Scheduled
+    walk: Walk
+    emitted: Sequence[int]
+    reason: str | None
+
+
 class Engine:
     """Runs requests on one model, many at once. `submit`, then `step` until `is_idle`, inside
     `with engine:`.
@@ -196,7 +205,7 @@ class Engine:
             logits = self._run(batch, on_layer)
             verified = self._verify(batch, logits)
             self._note_cost(verified, time.perf_counter() - begin)
-            self._commit(verified)
+            self._commit(self._accept(verified))
         except BaseException:
             for scheduled in batch:
                 scheduled.checkpoint.restore()
@@ -233,12 +242,17 @@ class Engine:
             verified.append(Verified(scheduled, found))
         return verified
 
-    def _commit(self, verified: Sequence[Verified]) -> None:
-        """Accepted rows stay in place, the rest is dropped; an answer ends at the very token that
-        ends it."""
-        for scheduled, (tokens, nodes) in verified:
+    def _accept(self, verified: Sequence[Verified]) -> list[Accepted]:
+        """An answer ends at the very token that ends it."""
+        return [
+            Accepted(*item, *self._up_to_end(item.scheduled.request, item.walk.tokens))
+            for item in verified
+        ]
+
+    def _commit(self, batch: Sequence[Accepted]) -> None:
+        """Accepted rows stay in place, the rest is dropped."""
+        for scheduled, (tokens, nodes), emitted, reason in batch:
             request = scheduled.request
-            emitted, reason = self._accept(request, tokens)
             accepted = nodes[: max(0, len(emitted) - 1)]
             num_drafts = scheduled.segment.num_drafts
             request.session.commit(scheduled.entered_tokens(accepted), num_drafts, accepted)
@@ -300,7 +314,9 @@ class Engine:
             blocked = set(policy.blocked.nonzero()[:, 0].tolist())
         return walk(draft, pick, blocked=blocked)
 
-    def _accept(self, request: Request, tokens: Sequence[int]) -> tuple[Sequence[int], str | None]:
+    def _up_to_end(
+        self, request: Request, tokens: Sequence[int]
+    ) -> tuple[Sequence[int], str | None]:
         """Tokens up to the one that ends the answer, and why it ends."""
         for num, token in enumerate(tokens, 1):
             request.answer.append(token)

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lazyahead.draft.learned_cost import LearnedRowCost, prior_for
+from lazyahead.hf.ranks import num_ranks
 
 _LEARNED: WeakKeyDictionary[PreTrainedModel, dict[str, LearnedRowCost]] = WeakKeyDictionary()
 _LOCK = Lock()
@@ -53,5 +54,8 @@ def _key(model: PreTrainedModel) -> str:
     is_cuda = device.type == "cuda"
     threads = torch.get_num_threads()
     hardware = torch.cuda.get_device_name(device) if is_cuda else f"{device.type}-{threads}"
+    ranks = num_ranks(model)
+    if ranks > 1:
+        hardware += f"-tp{ranks}"
     parts = [config, str(model.dtype), hardware, torch.__version__, "learned"]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lazyahead.draft.answers import Owner
+from lazyahead.hf.ranks import whole
 
 _PASSING = {
     "_name_or_path",
@@ -19,6 +20,7 @@ _PASSING = {
     "torch_dtype",
     "architectures",
     "use_cache",
+    "distributed_config",
 }
 """Config fields that may differ between two loads of one model."""
 _NUM_SAMPLED = 256
@@ -33,7 +35,7 @@ def owner_of(model: PreTrainedModel, tokenizer: Any = None) -> Owner:
 def model_fingerprint(model: PreTrainedModel) -> str:
     """Of the config and a sample of the embedding weights, rounded so that every dtype gives the
     same."""
-    weight = model.get_input_embeddings().weight.detach()
+    weight = whole(model.get_input_embeddings().weight.detach())
     sample = (
         weight[:: max(1, weight.shape[0] // 64), :64].to(torch.bfloat16).float().cpu().contiguous()
     )

@@ -20,6 +20,7 @@ from lazyahead.errors import (
 )
 from lazyahead.hf.folder import check_keys, check_objects, check_weights
 from lazyahead.hf.gguf import gguf_config, is_gguf, load_gguf
+from lazyahead.hf.ranks import accelerator, load_options, num_ranks
 
 T = TypeVar("T")
 NETWORK_TIMEOUT_S = 5.0
@@ -35,9 +36,10 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load(
-    name: str, dtype: str | torch.dtype = "auto", device: str = "auto"
+    name: str, dtype: str | torch.dtype = "auto", device: str = "auto", tp: int = 1
 ) -> tuple[PreTrainedModel, Any]:
-    """Model (in eval mode) and tokenizer.
+    """Model (in eval mode) and tokenizer. With `tp` above 1, this rank's share of the model: every
+    rank of the process group must call it.
 
     Raises ConfigError for an unknown dtype or device, ModelNotFoundError when there is nothing to
     load, UnsupportedModelError when transformers does not know the architecture, ModelError when
@@ -54,8 +56,14 @@ def load(
         model_config(name)  # an unknown family is told before its weights are looked at
         check_weights(Path(name))
     try:
-        model, tokenizer = _nearest(name, lambda **where: _parts(name, dtype, **where))
-        return model.eval().to(target), tokenizer
+        model, tokenizer = _nearest(name, lambda **where: _parts(name, dtype, tp, **where))
+        if tp == 1:
+            return model.eval().to(target), tokenizer
+        if num_ranks(model) != tp:
+            raise UnsupportedModelError(
+                f"transformers has not shared {name} out to {tp} ranks; load it without tp"
+            )
+        return model.eval(), tokenizer
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(
             f"{name} does not fit on {target}; choose a smaller model or dtype"
@@ -112,7 +120,7 @@ def _check_network(name: str) -> None:
         ) from None
 
 
-def _parts(name: str, dtype: str, **where: bool) -> tuple[PreTrainedModel, Any]:
+def _parts(name: str, dtype: str, tp: int, **where: bool) -> tuple[PreTrainedModel, Any]:
     """The tokenizer first: it is small, and says at once that there is nothing.
 
     Without its files some families would make an empty one up, so that the cache must have one of
@@ -123,10 +131,14 @@ def _parts(name: str, dtype: str, **where: bool) -> tuple[PreTrainedModel, Any]:
     ):
         raise OSError(f"the local cache has no tokenizer of {name!r}")
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
-    return _weights(name, dtype, "sdpa", **where), tokenizer
+    shares: dict[str, Any] = {}
+    if tp > 1:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
+        shares = load_options(config, tp, name)
+    return _weights(name, dtype, "sdpa", **shares, **where), tokenizer
 
 
-def _weights(name: str, dtype: str, attention: str, **where: bool) -> PreTrainedModel:
+def _weights(name: str, dtype: str, attention: str, **options: Any) -> PreTrainedModel:
     """The model with `attention`, or eager where the family refuses it; never what its config asks
     for, which may be code from elsewhere."""
     try:
@@ -138,12 +150,12 @@ def _weights(name: str, dtype: str, attention: str, **where: bool) -> PreTrained
             attn_implementation=attention,
             ignore_mismatched_sizes=True,  # so that all of them can be named
             output_loading_info=True,
-            **where,
+            **options,
         )
     except ValueError as error:
         if attention == "eager" or "scaled_dot_product_attention" not in str(error):
             raise
-        return _weights(name, dtype, "eager", **where)
+        return _weights(name, dtype, "eager", **options)
     check_keys(name, info)
     loaded: PreTrainedModel = model
     return loaded
@@ -177,6 +189,21 @@ def _device(name: str) -> torch.device:
         return device
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {name!r} cannot be used: {_first_line(error)}") from None
+
+
+def check_parallel(name: str, device: str, tp: int) -> None:
+    """Raises ConfigError and ModelError for what cannot be shared out to `tp` ranks."""
+    name = _expanded(name)
+    if is_gguf(name):
+        raise ConfigError(
+            f"tp={tp} takes a model folder, got {name!r}; write one with `lazyahead convert`"
+        )
+    if device not in ("auto", accelerator()):
+        raise ConfigError(
+            f"tp={tp} runs on {accelerator()}, one rank a device, got device {device!r}; leave it "
+            "out"
+        )
+    load_options(model_config(name), tp, name)
 
 
 def _expanded(name: str) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lazyahead.hf.load import max_context
+from lazyahead.hf.ranks import num_ranks
 from lazyahead.hf.rope import Rope, growing_rope
 from lazyahead.hf.trace import AttentionCall, LayerCall, MaskRule, Trace, Unfit, all_configs, trace
 
@@ -70,6 +71,8 @@ class ModelSpec:
     arg_specs: tuple[dict[int | str, ArgSpec], ...]
     """Per layer: the tables among its arguments, by place or name."""
     num_token_args: int
+    ranks: int
+    """Processes that each hold a share of the heads."""
     rope: Rope | None
     """Rotary tables that change with the longest position in a pass: requests then travel alone and
     unsplit."""
@@ -110,6 +113,9 @@ def inspect_model(model: PreTrainedModel) -> ModelSpec:
         raise Unfit(
             f"layers of type {', '.join(foreign)} keep a state that no token can join later"
         )
+    devices = sorted({str(weight.device) for weight in model.parameters()})
+    if len(devices) > 1:
+        raise Unfit(f"its weights lie on several devices ({', '.join(devices)})")
     head = model.get_output_embeddings()
     if head is None:
         raise Unfit("the model has no output head")
@@ -132,6 +138,7 @@ def inspect_model(model: PreTrainedModel) -> ModelSpec:
         widths=tuple(call.query.shape[1] * call.query.shape[3] for call in calls),
         arg_specs=arg_specs,
         num_token_args=len(token_args),
+        ranks=num_ranks(model),
         rope=growing_rope(model),
     )
 

@@ -25,6 +25,8 @@ class AttentionParams(NamedTuple):
     """Logits x become softcap * tanh(x / softcap)."""
     sinks: Tensor | None = None
     """(H,) one logit per head that takes part in the softmax and leads nowhere."""
+    ranks: int = 1
+    """Processes that each attend with a share of the heads."""
 
 
 class LocalWindow(NamedTuple):

@@ -225,6 +225,7 @@ def _attention(
         chunk=batch.spec.chunks[batch.layer],
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
+        ranks=batch.spec.ranks,
     )
     if batch.is_empty:
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1]), None

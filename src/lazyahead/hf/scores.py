@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from lazyahead.cache.blocks import BLOCK, EXTRA
 from lazyahead.cache.kv import LayerKV
+from lazyahead.hf.ranks import over_ranks
 from lazyahead.hf.rows import AttentionParams, QueryRows
 
 _ONE = 2.0**40
@@ -31,18 +32,22 @@ def attention_weights(
     return weights.reshape(num_heads, num_queries, -1)
 
 
-def reduce_heads(weights: Tensor, how: str) -> Tensor:
+def reduce_heads(weights: Tensor, how: str, ranks: int = 1) -> Tensor:
     """Attention weights (H, Q, N) to (Q, N): `mean` (eq. 1 of LazyLLM) or `max` over heads.
 
-    The one place where heads are reduced: under tensor parallelism, ranks agree here.
+    The one place where heads are reduced: under tensor parallelism each of the `ranks` has its own
+    H, and they agree here, so that all of them keep the same tokens.
     """
     if how == "max":
-        return weights.amax(0)
+        most = weights.amax(0)
+        return most if ranks == 1 else over_ranks(most, "max")
     first, *others = weights.unbind(0)
     total = first.clone()
     for weight in others:  # one order, whatever the shape
         total += weight
-    return total / weights.shape[0]
+    if ranks > 1:
+        total = over_ranks(total, "sum")
+    return total / (weights.shape[0] * ranks)
 
 
 def sees_everything(rows: QueryRows, heads: AttentionParams) -> bool:

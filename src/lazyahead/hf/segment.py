@@ -113,7 +113,7 @@ class Segment:
         if num_queries:
             last = query[:, :, -num_queries:]
             weights = attention_weights(last, kv, rows, params)
-            policy.observe(layer, reduce_heads(weights, policy.head_reduction))
+            policy.observe(layer, reduce_heads(weights, policy.head_reduction, params.ranks))
         return attend(query, keys, kv, rows, params)
 
     def at_boundary(self, layer: int, hidden: Tensor) -> Tensor | None:
