@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lazyahead.cache.prefix import PrefixCache
 from lazyahead.cache.session import Session
+from lazyahead.checks import check_count
 from lazyahead.draft.config import Lookahead
 from lazyahead.draft.drafter import Drafter, NoDrafter
 from lazyahead.draft.learned_cost import LearnedRowCost
@@ -65,13 +66,13 @@ class Engine:
         row_cost: LearnedRowCost | None = None,
         prefill_chunk_size: int = 512,
         max_running: int = 64,
+        max_prefill_rows: int | None = None,
         prefix_cache: PrefixCache | None = None,
     ) -> None:
-        if prefill_chunk_size < 1 or max_running < 1:
-            raise ConfigError(
-                f"prefill_chunk_size {prefill_chunk_size} and max_running {max_running} "
-                "must be at least 1"
-            )
+        check_count("prefill_chunk_size", prefill_chunk_size, least=1)
+        check_count("max_running", max_running, least=1)
+        if max_prefill_rows is not None:
+            check_count("max_prefill_rows", max_prefill_rows, least=1)
         self.runner = runner
         self.prefill = prefill
         self.decode = decode
@@ -86,6 +87,7 @@ class Engine:
             row_cost,
             prefill_chunk_size=prefill_chunk_size,
             max_running=max_running,
+            max_prefill_rows=max_prefill_rows,
             prefixes=self.prefixes,
         )
         self._attached: list[AbstractContextManager[Any]] = []

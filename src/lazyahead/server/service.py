@@ -68,6 +68,7 @@ class Service:
             row_cost=own.row_cost,
             prefill_chunk_size=settings.prefill_chunk_size,
             max_running=settings.max_running,
+            max_prefill_rows=settings.max_prefill_rows,
             prefix_cache=PrefixCache(settings.cache_bytes) if settings.cache_bytes else None,
         )
         self.documents: DocumentStore | None = None

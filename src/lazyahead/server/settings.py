@@ -19,6 +19,7 @@ _COUNTS = (
     "max_namespaces",
     "max_connections",
     "prefill_chunk_size",
+    "max_prefill_rows",
 )
 _TIMES = ("request_timeout_s", "body_timeout_s", "progress_s")
 
@@ -44,6 +45,8 @@ class Settings:
     """Requests that may wait beyond those; further ones get 429."""
     prefill_chunk_size: int = 512
     """Rows of a prompt in a pass that others share."""
+    max_prefill_rows: int = 1024
+    """Rows of a prompt in a pass of its own: others join after it."""
     max_body_bytes: int = 16 << 20
     max_prompt_chars: int = 4_000_000
     """Characters of a prompt, counted before it is tokenised."""
