@@ -1,0 +1,125 @@
+// One answer: its words and where they come from, its figures, what went wrong.
+
+const SOURCES = {
+  prompt: "drafted from the document or the conversation",
+  answer: "drafted from this answer's own words",
+  memory: "drafted from earlier answers",
+};
+
+/** What is kept of an answer. `state`: writing, done, cancelled, failed. */
+const newAnswer = () => ({ spans: [], stats: null, state: "writing", finish: null, ms: 0, error: null });
+
+const textOf = (answer) => answer.spans.map((span) => span.text).join("");
+
+class AnswerView {
+  /** `heading` where there are two; `retry` asks again. */
+  constructor(answer, { heading = null, retry = null } = {}) {
+    Object.assign(this, { answer, retry });
+    this.words = el("div", { class: "words" });
+    this.state = el("div", {});
+    this.figures = el("dl", { class: "figures" });
+    this.node = el("article", { class: "answer" }, heading && el("h3", {}, heading),
+      el("div", {}, this.words, this.state), this.figures);
+    this.shown = 0; // spans
+    this.draw = eachFrame(() => this.#draw());
+    this.#draw();
+  }
+
+  /** Before the first token. */
+  progress(text, ms) {
+    if (this.answer.spans.length || this.answer.state !== "writing") return;
+    const share = Number(/(\d+) %/.exec(text)?.[1] ?? NaN);
+    const waits = text === "waiting";
+    const said = waits ? "Waiting for a place" : Number.isNaN(share) ? "Reading" : `Reading ${share} %`;
+    const bar = el("progress", { max: 100, value: Number.isNaN(share) ? null : share, "aria-label": "How much of the prompt was read" });
+    this.state.replaceChildren(el("p", { class: "progress" }, `${said} · ${duration(ms)}`), bar);
+  }
+
+  /** Adds a chunk's spans; neighbours of one source are one. */
+  add(spans) {
+    for (const { text, source } of spans) {
+      const last = this.answer.spans.at(-1);
+      if (last?.source === source) last.text += text;
+      else this.answer.spans.push({ text, source });
+    }
+    this.draw();
+  }
+
+  #draw() {
+    this.#drawWords();
+    this.#drawFigures();
+    this.#drawState();
+  }
+
+  #drawWords() {
+    const { spans } = this.answer;
+    if (this.shown) {
+      const last = spans[this.shown - 1];
+      const node = this.words.lastChild;
+      if (node.textContent.length !== last.text.length) node.textContent = last.text;
+    }
+    for (; this.shown < spans.length; this.shown++) {
+      const { text, source } = spans[this.shown];
+      const title = SOURCES[source];
+      this.words.append(el("span", title ? { class: `from from-${source}`, title } : {}, text));
+    }
+    this.words.classList.toggle("writing", this.answer.state === "writing" && spans.length > 0);
+    if (spans.length && this.answer.state === "writing") this.state.replaceChildren();
+  }
+
+  #drawFigures() {
+    const { stats, ms, state } = this.answer;
+    this.node.classList.toggle("told", Boolean(stats));
+    if (!stats) return;
+    const rows = [
+      ["First token", duration(stats.ttft_ms), "big"],
+      ["Speed", stats.tokens_per_s ? `${number(stats.tokens_per_s, stats.tokens_per_s < 10 ? 1 : 0)} tokens/s` : "–"],
+      ["Prompt", tokens(stats.prompt_tokens)],
+      ["Computed of it", percent(stats.prompt_tokens_computed)],
+      ["From cache", tokens(stats.cached_tokens)],
+      ["Tokens per step", number(stats.tokens_per_step, 2)],
+      ["Came back", stats.revived ? number(stats.revived) : "none"],
+      ["Answer", tokens(stats.answer_tokens)],
+      state === "writing" ? null : ["Altogether", duration(ms)],
+    ];
+    this.figures.replaceChildren(...rows.filter(Boolean).map(([name, value, kind]) =>
+      el("div", { class: kind }, el("dt", {}, name), el("dd", {}, value))));
+  }
+
+  #drawState() {
+    const { state, finish, error } = this.answer;
+    if (state === "writing") return;
+    const notes = [];
+    if (state === "cancelled") notes.push(el("p", { class: "after" }, "Cancelled."));
+    if (finish === "length") notes.push(el("p", { class: "after" }, "Stopped at the longest answer that was asked for."));
+    if (state === "done" && !textOf(this.answer)) notes.push(el("p", { class: "after" }, "The model answered with no text."));
+    if (error) notes.push(this.#error(error));
+    const drafted = this.#drafted();
+    if (drafted) notes.push(drafted);
+    this.state.replaceChildren(...notes);
+  }
+
+  /** A legend of the underlines in this answer. */
+  #drafted() {
+    const found = Object.keys(SOURCES).filter((source) => this.answer.spans.some((span) => span.source === source));
+    if (!found.length) return null;
+    return el("p", { class: "drafted" }, ...found.map((source) => el("span", { class: `from from-${source}` }, SOURCES[source])));
+  }
+
+  #error({ message, status, until }) {
+    const box = el("div", { class: "error", role: "alert" }, el("p", {}, message));
+    if (!this.retry) return box;
+    const button = el("button", { type: "button", onclick: () => this.retry() }, "Try again");
+    box.append(button);
+    if (status === 429 || status === 503) this.#wait(button, until);
+    return box;
+  }
+
+  /** Counts down to when the server said it may be asked again. */
+  #wait(button, until) {
+    const left = Math.ceil((until - Date.now()) / 1000);
+    button.disabled = left > 0;
+    button.textContent = left > 0 ? `Try again in ${left} s` : "Try again";
+    if (left > 0) setTimeout(() => this.#wait(button, until), 250);
+  }
+}
