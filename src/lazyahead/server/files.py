@@ -94,7 +94,7 @@ async def example(request: Request) -> Response:
 
 def _invented(num_tokens: int) -> Example:
     """What the built-in reader was trained to read."""
-    (sample,) = samples("single_doc_qa", length=max(256, num_tokens), seed=7)
+    (sample,) = samples("rag", length=max(256, num_tokens), seed=7)
     questions = [sample.question, *(question for question, _ in sample.others[:2])]
     return Example(name="Invented places", text=sample.document, questions=questions)
 

@@ -11,15 +11,25 @@ const newAnswer = () => ({ spans: [], stats: null, state: "writing", finish: nul
 
 const textOf = (answer) => answer.spans.map((span) => span.text).join("");
 
+/** Puts a span's text into its element; what was drafted is underlined from its first letter on. */
+function fillSpan(node, { text, source }) {
+  if (node.textContent.length === text.length) return node;
+  const title = SOURCES[source];
+  const words = title ? text.trimStart() : "";
+  const drafted = words && el("span", { class: `from from-${source}`, title }, words);
+  node.replaceChildren(text.slice(0, text.length - words.length), drafted);
+  return node;
+}
+
 class AnswerView {
-  /** `heading` where there are two; `retry` asks again. */
-  constructor(answer, { heading = null, retry = null } = {}) {
+  /** `heading` where there are two; `retry` asks again; `foot` stands below the words. */
+  constructor(answer, { heading = null, retry = null, foot = null } = {}) {
     Object.assign(this, { answer, retry });
     this.words = el("div", { class: "words" });
     this.state = el("div", {});
     this.figures = el("dl", { class: "figures" });
     this.node = el("article", { class: "answer" }, heading && el("h3", {}, heading),
-      el("div", {}, this.words, this.state), this.figures);
+      el("div", {}, this.words, this.state, foot), this.figures);
     this.shown = 0; // spans
     this.draw = eachFrame(() => this.#draw());
     this.#draw();
@@ -37,8 +47,10 @@ class AnswerView {
 
   /** Adds a chunk's spans; neighbours of one source are one. */
   add(spans) {
-    for (const { text, source } of spans) {
+    for (let { text, source } of spans) {
       const last = this.answer.spans.at(-1);
+      if (!last) text = text.trimStart();
+      if (!text) continue;
       if (last?.source === source) last.text += text;
       else this.answer.spans.push({ text, source });
     }
@@ -53,15 +65,9 @@ class AnswerView {
 
   #drawWords() {
     const { spans } = this.answer;
-    if (this.shown) {
-      const last = spans[this.shown - 1];
-      const node = this.words.lastChild;
-      if (node.textContent.length !== last.text.length) node.textContent = last.text;
-    }
+    if (this.shown) fillSpan(this.words.lastChild, spans[this.shown - 1]);
     for (; this.shown < spans.length; this.shown++) {
-      const { text, source } = spans[this.shown];
-      const title = SOURCES[source];
-      this.words.append(el("span", title ? { class: `from from-${source}`, title } : {}, text));
+      this.words.append(fillSpan(el("span"), spans[this.shown]));
     }
     this.words.classList.toggle("writing", this.answer.state === "writing" && spans.length > 0);
     if (spans.length && this.answer.state === "writing") this.state.replaceChildren();
@@ -71,19 +77,19 @@ class AnswerView {
     const { stats, ms, state } = this.answer;
     this.node.classList.toggle("told", Boolean(stats));
     if (!stats) return;
+    const { tokens_per_s: speed } = stats;
     const rows = [
-      ["First token", duration(stats.ttft_ms), "big"],
-      ["Speed", stats.tokens_per_s ? `${number(stats.tokens_per_s, stats.tokens_per_s < 10 ? 1 : 0)} tokens/s` : "–"],
-      ["Prompt", tokens(stats.prompt_tokens)],
-      ["Computed of it", percent(stats.prompt_tokens_computed)],
-      ["From cache", tokens(stats.cached_tokens)],
-      ["Tokens per step", number(stats.tokens_per_step, 2)],
-      ["Came back", stats.revived ? number(stats.revived) : "none"],
+      ["First token", duration(stats.ttft_ms)],
+      ["Whole answer", state === "writing" ? "…" : duration(ms)],
+      ["Tokens a second", speed ? number(speed, speed < 10 ? 1 : 0) : "–"],
+      ["Tokens a step", number(stats.tokens_per_step, 2)],
       ["Answer", tokens(stats.answer_tokens)],
-      state === "writing" ? null : ["Altogether", duration(ms)],
+      ["Prompt", tokens(stats.prompt_tokens)],
+      ["Share read", percent(stats.prompt_tokens_computed)],
+      ["From cache", number(stats.cached_tokens)],
+      ["Came back", number(stats.revived)],
     ];
-    this.figures.replaceChildren(...rows.filter(Boolean).map(([name, value, kind]) =>
-      el("div", { class: kind }, el("dt", {}, name), el("dd", {}, value))));
+    this.figures.replaceChildren(...rows.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
   }
 
   #drawState() {

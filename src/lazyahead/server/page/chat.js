@@ -144,11 +144,13 @@ class Chat {
     for (const which of ["lazy", "full"]) {
       if (!exchange[which]) continue;
       const retry = () => this.#again(exchange, which);
-      exchange.views[which] = new AnswerView(exchange[which], { heading: heading[which], retry });
+      const foot = exchange.full ? null : this.#foot(exchange);
+      exchange.views[which] = new AnswerView(exchange[which], { heading: heading[which], retry, foot });
     }
     const nodes = Object.values(exchange.views).map((view) => view.node);
     const item = el("li", {}, el("h2", { class: "question" }, exchange.question),
-      el("div", { class: exchange.full ? "answers two" : "answers" }, ...nodes), this.#foot(exchange));
+      el("div", { class: exchange.full ? "answers two" : "answers" }, ...nodes),
+      exchange.full?.state === "done" && exchange.lazy.state === "done" ? el("p", { class: "verdict" }, ...verdict(exchange)) : null);
     if (exchange.item) exchange.item.replaceWith(item);
     else $("exchanges").append(item);
     exchange.item = item;
@@ -156,7 +158,6 @@ class Chat {
 
   #foot(exchange) {
     if (exchange.lazy.state !== "done") return null;
-    if (exchange.full) return exchange.full.state === "done" ? el("p", { class: "verdict" }, ...verdict(exchange)) : null;
     const button = el("button", { class: "quiet", type: "button", onclick: () => this.compare(exchange) }, "Compare with everything read");
     return el("div", { class: "foot" }, button);
   }

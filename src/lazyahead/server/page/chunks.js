@@ -1,23 +1,22 @@
 // A long text as elements of bounded size, of which only those in sight are coloured.
 
-const CHUNK = 1500; // characters
+const CHUNK = 1500; // characters, if lines are no longer
+const LONGEST = 6000; // longer lines are broken, so that laying out one chunk never takes long
 
-/** Where to cut: at line ends where lines allow it, else behind a space. Returns the ends. */
-function cuts(text) {
-  const ends = [];
-  for (let start = 0; start < text.length;) {
-    const limit = start + CHUNK;
-    let end = text.length;
-    if (limit < end) {
-      const line = text.lastIndexOf("\n", limit);
-      const space = text.lastIndexOf(" ", limit);
-      end = 1 + (line > start ? line : space > start ? space : limit - 1);
-      if (/[\udc00-\udfff]/.test(text[end])) end++; // whole characters
-    }
-    ends.push(end);
-    start = end;
+/** Where to cut: at a line's end, and in very long lines at a sentence's, or behind a space. */
+function cut(text, start) {
+  if (start + CHUNK >= text.length) return text.length;
+  const within = text.lastIndexOf("\n", start + CHUNK);
+  if (within >= start) return within + 1;
+  const after = text.indexOf("\n", start);
+  if (after >= 0 && after < start + LONGEST) return after + 1;
+  if (text.length - start < LONGEST) return text.length;
+  for (const mark of [". ", " "]) {
+    const found = text.lastIndexOf(mark, start + CHUNK);
+    if (found > start) return found + mark.length;
   }
-  return ends;
+  const end = start + CHUNK;
+  return /[\udc00-\udfff]/.test(text[end]) ? end + 1 : end; // whole characters
 }
 
 class Chunks {
@@ -35,16 +34,13 @@ class Chunks {
     this.observer.disconnect();
     this.inSight.clear();
     this.reading = null;
-    let start = 0;
-    this.all = cuts(text).map((end) => {
-      const startsLine = !start || text[start - 1] === "\n";
-      const lines = startsLine && (text[end - 1] === "\n" || end === text.length);
-      const node = el(lines ? "div" : "span", { class: lines ? "lines" : null }, text.slice(start, end));
-      const chunk = { node, start, end, dirty: false };
-      node.chunk = chunk;
-      start = end;
-      return chunk;
-    });
+    this.all = [];
+    for (let start = 0, end; start < text.length; start = end) {
+      end = cut(text, start);
+      const node = el("div", {}, text.slice(start, end));
+      node.chunk = { node, start, end, dirty: false };
+      this.all.push(node.chunk);
+    }
     const fragment = document.createDocumentFragment();
     fragment.append(...this.all.map((chunk) => chunk.node));
     this.root.replaceChildren(fragment);
@@ -108,11 +104,10 @@ class Chunks {
     const { text } = this.reading;
     const parts = [];
     for (const { start, end, level, back } of this.reading.runs(chunk.start, chunk.end)) {
-      const words = text.slice(start, end);
-      if (!level && !back) {
-        parts.push(words);
-        continue;
-      }
+      const whole = text.slice(start, end);
+      const words = whole.trimStart();
+      parts.push(level || back ? whole.slice(0, whole.length - words.length) : whole);
+      if (!words || !(level || back)) continue;
       const span = el("span", { class: back ? "mark" : `l${level}`, title: back ? "came back while the answer was written" : null }, words);
       span.start = start;
       parts.push(span);

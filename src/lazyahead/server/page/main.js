@@ -52,12 +52,16 @@ async function measure() {
     return;
   }
   $("document-size").textContent = `${number(shown.text.length)} characters`;
-  const count = await countTokens(shown.text).catch(() => 0);
+  const refuse = (message) => { $("document-error").textContent = message; $("document-error").hidden = false; };
+  const count = await countTokens(shown.text).catch((error) => (error.status === 400 ? error.message : 0));
   if (!count || chat.document !== shown) return;
+  if (typeof count === "string") {
+    refuse(`The model cannot read all of it: ${count}.`);
+    return;
+  }
   $("document-size").textContent = tokens(count);
   if (contextLength && count >= contextLength) {
-    $("document-error").textContent = `The document has ${tokens(count)}; the model reads at most ${number(contextLength)}. Shorten it before you ask.`;
-    $("document-error").hidden = false;
+    refuse(`The document has ${tokens(count)}; the model reads at most ${number(contextLength)}. Shorten it before you ask.`);
   }
 }
 
@@ -100,13 +104,14 @@ async function greet() {
   }
 }
 
-const THEMES = { auto: "Colours: system", light: "Colours: light", dark: "Colours: dark" };
+const THEMES = { auto: "◐ Auto", light: "○ Light", dark: "● Dark" };
 const prefersDark = matchMedia("(prefers-color-scheme: dark)");
 
 function applyTheme() {
   const dark = options.theme === "dark" || (options.theme === "auto" && prefersDark.matches);
   document.documentElement.dataset.theme = dark ? "dark" : "light";
   $("theme").textContent = THEMES[options.theme];
+  $("theme").setAttribute("aria-label", `Colours: ${options.theme}`);
   view.redraw();
 }
 
@@ -139,7 +144,7 @@ function connectButtons() {
   };
   $("fold").onclick = () => {
     const folded = $("document").classList.toggle("folded");
-    $("fold").textContent = folded ? "Show document" : "Hide document";
+    $("fold").textContent = folded ? "Document ▸" : "Document ▾";
     $("fold").setAttribute("aria-expanded", !folded);
   };
 }
