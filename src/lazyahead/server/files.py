@@ -16,6 +16,7 @@ from lazyahead.reader.tasks import samples
 from lazyahead.server.errors import ApiError
 from lazyahead.server.reply import ErrorReply, Example, Extracted, dump
 from lazyahead.server.service import Service
+from lazyahead.text.detokenizer import Tokenizer
 
 router = APIRouter()
 _PROGRAM = Path(__file__).with_name("pdf_text.py")
@@ -31,9 +32,7 @@ _NO_PYPDF: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.post(
-    "/v1/extract", response_model=Extracted, openapi_extra=_BODY, responses=_NO_PYPDF
-)
+@router.post("/v1/extract", response_model=Extracted, openapi_extra=_BODY, responses=_NO_PYPDF)
 async def extract(request: Request) -> Response:
     """The text of a PDF, whose bytes are the body."""
     service: Service = request.app.state.service
@@ -43,8 +42,7 @@ async def extract(request: Request) -> Response:
     if importlib.util.find_spec("pypdf") is None:
         raise ApiError(
             501,
-            "this server cannot read PDF files; install pypdf on it: "
-            "pip install 'lazyahead[pdf]'",
+            "this server cannot read PDF files; install pypdf on it: pip install 'lazyahead[pdf]'",
             code="pdf_unsupported",
         )
     async with service.pdf_places:
@@ -88,7 +86,10 @@ async def example(request: Request) -> Response:
     """A document to try the page with, and questions about it that the model can answer."""
     service: Service = request.app.state.service
     num_tokens = min(4096, service.llm.max_context * 3 // 4)
-    made = _invented(num_tokens) if service.is_reader else _reference(num_tokens)
+    if service.is_reader:
+        made = _invented(num_tokens)
+    else:
+        made = await service.in_thread(_reference, service.llm.tokenizer, num_tokens)
     return JSONResponse(dump(made))
 
 
@@ -99,14 +100,15 @@ def _invented(num_tokens: int) -> Example:
     return Example(name="Invented places", text=sample.document, questions=questions)
 
 
-def _reference(num_tokens: int) -> Example:
-    """Of Python's own language reference."""
+def _reference(tokenizer: Tokenizer, num_tokens: int) -> Example:
+    """Of Python's own language reference, so many tokens."""
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name].strip() for name in ("with", "try", "raise", "assignment"))
+    count = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     return Example(
         name="Python's language reference",
-        text=text[: 4 * num_tokens].strip(),
+        text=text[: len(text) * num_tokens // max(num_tokens, count)].strip(),
         questions=[
             "What is the with statement used for?",
             "When is the finally clause of a try statement executed?",

@@ -1,7 +1,9 @@
 """The text of a PDF, as a program of its own: what is wrong with a PDF, or too large in it, ends
 this process and not the server. Imports nothing of lazyahead, so that it starts soon.
 
-    python -P pdf_text.py MAX_PAGES MAX_CHARS MAX_BYTES < FILE    prints {"text", "pages"} or {"error"}
+    python -P pdf_text.py MAX_PAGES MAX_CHARS MAX_BYTES < FILE
+
+It prints a JSON object: `text` and `pages`, or `error`. MAX_BYTES is what it may take of memory.
 """
 
 from __future__ import annotations

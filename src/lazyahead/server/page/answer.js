@@ -113,7 +113,7 @@ class AnswerView {
   }
 
   #error({ message, status, until }) {
-    const box = el("div", { class: "error", role: "alert" }, el("p", {}, message));
+    const box = el("div", { class: "error", role: "alert" }, el("p", {}, sentence(message)));
     if (!this.retry) return box;
     const button = el("button", { type: "button", onclick: () => this.retry() }, "Try again");
     box.append(button);

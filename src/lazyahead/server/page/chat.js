@@ -17,7 +17,7 @@ class Chat {
     }
     $("exchanges").replaceChildren();
     exchanges.forEach((exchange) => this.#place(exchange));
-    this.#follow(true);
+    if (exchanges.length) this.#follow(true);
     this.update();
   }
 

@@ -66,7 +66,7 @@ class DocumentView {
     $("returned-count").textContent = `${tokens(back)} came back`;
   }
 
-  /** A line for each row of pixels: the mean depth of its characters; marks for what came back. */
+  /** A line for each row of pixels: the mean depth of its characters; on the right, marks of what came back. */
   #map() {
     const canvas = $("map");
     const scale = devicePixelRatio;
@@ -93,6 +93,6 @@ class DocumentView {
       pen.fillRect(0, y, width, 1);
     }
     pen.fillStyle = mark;
-    for (const y of backs) pen.fillRect(0, y - scale, width, 2 * scale);
+    for (const y of backs) pen.fillRect(0.6 * width, y, width, scale);
   }
 }

@@ -21,6 +21,9 @@ const percent = (share) => `${number(100 * share, share > 0 && share < 0.01 ? 1 
 
 const tokens = (count) => `${number(count)} token${count === 1 ? "" : "s"}`;
 
+/** With a capital letter and a full stop. */
+const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
+
 function duration(ms) {
   if (ms < 1000) return `${number(ms)} ms`;
   if (ms < 100_000) return `${number(ms / 1000, ms < 10_000 ? 2 : 1)} s`;

@@ -56,7 +56,7 @@ async function measure() {
   const count = await countTokens(shown.text).catch((error) => (error.status === 400 ? error.message : 0));
   if (!count || chat.document !== shown) return;
   if (typeof count === "string") {
-    refuse(`The model cannot read all of it: ${count}.`);
+    refuse(`The model cannot read all of it: ${sentence(count)}`);
     return;
   }
   $("document-size").textContent = tokens(count);

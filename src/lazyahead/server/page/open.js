@@ -31,7 +31,7 @@ function connectOpening(opened, askKey) {
     } catch (error) {
       $("document-size").textContent = "";
       if (error.status === 401) askKey(() => open(name, get));
-      else fail(error.message);
+      else fail(sentence(error.message));
     }
   }
 

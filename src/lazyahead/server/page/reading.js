@@ -114,11 +114,8 @@ class Reading {
 
   /** First characters of the passages that came back. */
   passages() {
-    const places = [];
-    for (let part = 0; part < this.ends.length; part++) {
-      if (this.isBack(part) && !(part && this.isBack(part - 1))) places.push(this.startOf(part));
-    }
-    return places;
+    const isShown = ({ start, end, back }) => back && this.text.slice(start, end).trim();
+    return [...this.runs(0, this.text.length)].filter(isShown).map((run) => run.start);
   }
 
   /** Tokens at each depth that the prefill left, deepest first, and those that came back. */
