@@ -81,7 +81,7 @@ def test_the_page_is_one_response_that_runs_nothing_but_its_own_script():
 def test_an_answer_streams_in_beside_its_figures_and_the_document_shows_how_it_was_read(tab):
     tab.open(DOCUMENT)
     assert "<b>ferry</b>" in tab.text("#text")
-    tab.ask(QUESTION)
+    tab.ask(QUESTION, longest="128")
     tab.page.wait_for_selector(".words.writing")
     tab.until_answered()
     figures = tab.text(".figures")

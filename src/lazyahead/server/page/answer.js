@@ -31,6 +31,7 @@ class AnswerView {
     this.node = el("article", { class: "answer" }, heading && el("h3", {}, heading),
       el("div", {}, this.words, this.state, foot), this.figures);
     this.shown = 0; // spans
+    this.bar = null;
     this.draw = eachFrame(() => this.#draw());
     this.#draw();
   }
@@ -41,8 +42,12 @@ class AnswerView {
     const share = Number(/(\d+) %/.exec(text)?.[1] ?? NaN);
     const waits = text === "waiting";
     const said = waits ? "Waiting for a place" : Number.isNaN(share) ? "Reading" : `Reading ${share} %`;
-    const bar = el("progress", { max: 100, value: Number.isNaN(share) ? null : share, "aria-label": "How much of the prompt was read" });
-    this.state.replaceChildren(el("p", { class: "progress" }, `${said} · ${duration(ms)}`), bar);
+    if (!this.bar) {
+      this.bar = el("progress", { max: 100, "aria-label": "How much of the prompt was read" });
+      this.state.replaceChildren(el("p", { class: "progress" }), this.bar);
+    }
+    if (!Number.isNaN(share)) this.bar.value = share;
+    this.state.firstChild.textContent = `${said} · ${duration(ms)}`;
   }
 
   /** Adds a chunk's spans; neighbours of one source are one. */
