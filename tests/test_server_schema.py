@@ -49,7 +49,8 @@ def served(body):
 @pytest.mark.parametrize("mode", GenerationMode, ids=str)
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
 def test_every_answer_is_as_documented(server, operation, mode):
-    if not operation.body and mode == GenerationMode.NEGATIVE:
+    can_be_wrong = any(body.media_type == "application/json" for body in operation.body)
+    if not can_be_wrong and mode == GenerationMode.NEGATIVE:
         pytest.skip("nothing can be wrong with it")
 
     @settings(

@@ -37,6 +37,7 @@ from lazyahead.text.prompt import Prompt
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 SERVERS_OWN = "default"
+READER_NAMES = ("built-in reader", "")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Service:
         self.metrics = Metrics(
             self.model_name, lambda: self.worker.num_running, lambda: self.worker.num_waiting
         )
+        self.pdf_places = asyncio.Semaphore(settings.max_pdfs)
         self.is_draining = False
         """No request that generates is taken any more."""
         self.is_stopping = False
@@ -131,6 +133,11 @@ class Service:
         self.is_draining = self.is_stopping = True
         for answers in list(self.running):
             answers.cancel()
+
+    @property
+    def is_reader(self) -> bool:
+        """Whether the model is the built-in one."""
+        return self.llm.name in READER_NAMES
 
     # --- from a request to its answers ------------------------------------------------------
 
@@ -297,6 +304,6 @@ def tenant_name(key: str | None) -> str:
 
 def _short(name: str) -> str:
     """The last part of a path; what is none stays."""
-    if name in ("built-in reader", ""):
+    if name in READER_NAMES:
         return "lazyahead-reader"
     return Path(name).name if Path(name).exists() else name
