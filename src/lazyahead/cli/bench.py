@@ -13,6 +13,7 @@ from lazyahead.cli import options
 from lazyahead.cli.bench_decode import bench_decode
 from lazyahead.cli.bench_quality import bench_quality
 from lazyahead.cli.bench_replay import bench_replay
+from lazyahead.cli.bench_serve import bench_serve
 from lazyahead.cli.output import print_json, record, seconds, tables
 from lazyahead.cli.progress import load_torch, progress
 from lazyahead.errors import ConfigError
@@ -30,6 +31,7 @@ app = typer.Typer(no_args_is_help=True)
 app.command("decode")(bench_decode)
 app.command("replay")(bench_replay)
 app.command("quality")(bench_quality)
+app.command("serve")(bench_serve)
 
 
 @app.callback()
