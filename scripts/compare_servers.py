@@ -82,6 +82,12 @@ def _is_ready(url: str) -> bool:
         return False
 
 
+def cpu_of(server: Server) -> float:
+    """Seconds of a processor that the server has used."""
+    times = server.process.cpu_times()
+    return float(times.user + times.system)
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -127,15 +133,18 @@ async def measure(given: argparse.Namespace, found: Sequence[Side]) -> list[dict
     for concurrency in given.concurrency:
         outcomes: dict[str, list[Outcome]] = {side.name: [] for side in found}
         speeds: dict[str, list[float]] = {side.name: [] for side in found}
+        cpu: dict[str, list[float]] = {side.name: [] for side in found}
         for turn in range(given.runs):
             for side in found:
                 load = load_of(given, side, concurrency, seed=turn)
+                before = cpu_of(side.server)
                 run = await measure_serve(load)
+                cpu[side.name].append((cpu_of(side.server) - before) / len(run.outcomes))
                 outcomes[side.name] += run.outcomes
                 done = sum(one.success for one in run.outcomes)
                 speeds[side.name].append(done / run.duration)
         for side in found:
-            rows.append(row(side.name, concurrency, outcomes[side.name], speeds, rows))
+            rows.append(row(side.name, concurrency, outcomes[side.name], speeds, cpu, rows))
     return rows
 
 
@@ -158,19 +167,21 @@ def row(
     concurrency: int,
     outcomes: Sequence[Outcome],
     speeds: dict[str, list[float]],
+    cpu: dict[str, list[float]],
     rows: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """A side's figures, and its ratios to transformers' plain server."""
     found = figures(outcomes, 1.0, percentiles=(50, 99))
     kept = ("p50_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "completed", "failed")
     told: dict[str, Any] = {"server": name, "concurrency": concurrency}
-    told |= {"request_throughput": median(speeds[name])}
+    told |= {"request_throughput": median(speeds[name]), "cpu_s_per_request": median(cpu[name])}
     told |= {key: found[key] for key in kept}
     base = next(
         (r for r in rows if (r["server"], r["concurrency"]) == (THEIRS[0], concurrency)), told
     )
     paired = zip(speeds[name], speeds[THEIRS[0]], strict=True)
     told["throughput_ratio"] = median(own / other for own, other in paired)
+    told["cpu_ratio"] = base["cpu_s_per_request"] / told["cpu_s_per_request"]
     if told["completed"] and base["completed"]:
         told["ttft_ratio"] = base["p50_ttft_ms"] / told["p50_ttft_ms"]
     print(told, file=sys.stderr, flush=True)
@@ -210,10 +221,10 @@ async def _timed(
 ) -> tuple[float, float]:
     """Seconds by the clock and by the processor."""
     if is_http:
-        before = sum(ours.process.cpu_times()[:2])
+        before = cpu_of(ours)
         outcome = await send(client, target, ask)
         assert outcome.success, outcome.error
-        return outcome.latency, sum(ours.process.cpu_times()[:2]) - before
+        return outcome.latency, cpu_of(ours) - before
     sampling = Sampling(max_new_tokens=ask.max_tokens, ignore_eos=True)
     start, start_cpu = time.perf_counter(), time.process_time()
     llm.generate(llm.tokenizer(ask.text)["input_ids"], sampling=sampling)
