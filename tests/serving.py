@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from lazyahead.config import LazyPrefill
 from lazyahead.engine.engine import Engine
 from lazyahead.engine.worker import Worker
 from lazyahead.server.app import create_app
-from lazyahead.server.run import Server
+from lazyahead.server.run import Server, bind
 from lazyahead.server.settings import Settings
 from lazyahead.text.prompt import Prompt
 
@@ -58,14 +59,18 @@ def engine_of(llm: LLM, max_running: int = 16) -> Engine:
 class Running:
     """A server that takes requests."""
 
-    def __init__(self, llm: LLM, settings: Settings, drafts: bool = True) -> None:
+    def __init__(
+        self, llm: LLM, settings: Settings, drafts: bool = True, buffer: int | None = None
+    ) -> None:
+        """`buffer`: bytes that the system keeps for a reader."""
         self.llm = llm
+        self._buffer = buffer
         self.app = create_app(llm, settings, drafts=drafts)
         self.service = self.app.state.service
         self.port = 0
         self.exit_code: int | None = None
         self._started = threading.Event()
-        self.server = Server(self.app, "127.0.0.1", 0, self._note)
+        self.server = Server(self.app, self._note)
         self._thread = threading.Thread(target=self._main)
 
     @property
@@ -101,14 +106,19 @@ class Running:
         self._started.set()
 
     def _main(self) -> None:
-        asyncio.run(self.server.serve())
+        bound = bind("127.0.0.1", 0)
+        if self._buffer is not None:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._buffer)
+        asyncio.run(self.server.serve(sockets=[bound]))
         self.exit_code = self.server.exit_code
 
 
 @contextmanager
-def serving(llm: LLM | None = None, drafts: bool = True, **settings: Any) -> Iterator[Running]:
+def serving(
+    llm: LLM | None = None, drafts: bool = True, buffer: int | None = None, **settings: Any
+) -> Iterator[Running]:
     """A server, for as long as the block runs."""
-    running = Running(llm or tiny_llm(), Settings(**settings), drafts)
+    running = Running(llm or tiny_llm(), Settings(**settings), drafts, buffer)
     running.start()
     try:
         yield running

@@ -21,6 +21,7 @@ from serving import serving, tiny_llm, wait_for
 
 from lazyahead import Lookahead
 from lazyahead.cache.session import Session
+from lazyahead.cli import run
 from lazyahead.errors import ConfigError, LazyAheadError
 from lazyahead.server.settings import Settings
 
@@ -40,12 +41,16 @@ def server(llm):
         yield server
 
 
-def send(server, body, path="/v1/completions"):
-    """A request on a bare socket, whose answer has not been read."""
+def send(server, body, buffer=None):
+    """A request on a bare socket, whose answer has not been read; at most `buffer` bytes wait."""
     data = json.dumps(body).encode()
-    sock = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+    sock = socket.socket()
+    sock.settimeout(60)
+    if buffer is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    sock.connect(("127.0.0.1", server.port))
     head = (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(data)}\r\n\r\n"
     )
     sock.sendall(head.encode() + data)
@@ -114,25 +119,36 @@ def test_answers_to_one_prompt_count_each(llm):
         server.until_idle()
 
 
-def test_a_reader_that_stalls_delays_nobody_and_costs_bounded_memory(llm):
-    with serving(llm) as server:
+def test_a_reader_that_stalls_is_paused_delays_nobody_and_loses_nothing(llm):
+    with serving(llm, buffer=4096) as server:
         server.worker.max_pieces = 2
-        big = {**LONG, "stream": True, "logprobs": 20, "lazyahead": {"detail": True}}
-        stalled = [send(server, big) for _ in range(3)]
-        wait_for(lambda: len(server.worker._jobs) == 3)
-        for _ in range(3):
+        body = {**LONG, "max_tokens": 300, "stream": True, "logprobs": 5, "n": 2}
+        stalled = send(server, body, buffer=4096)
+        wait_for(lambda: len(server.worker._jobs) == 2)
+        jobs = list(server.worker._jobs.values())
+
+        def advance_while_others_are_answered():
+            before = [job.answer.request.num_emitted for job in jobs]
             assert server.post("/v1/completions", SHORT).status_code == 200
-        for sock in stalled:
-            sock.close()
+            return before != [job.answer.request.num_emitted for job in jobs]
+
+        wait_for(lambda: not advance_while_others_are_answered())
+        assert all(job.answer.request.is_paused and len(job._pieces) == 2 for job in jobs)
+        assert all(job.answer.request.num_emitted < 300 for job in jobs)
+        received = b""
+        while not received.endswith(b"0\r\n\r\n"):
+            received += stalled.recv(1 << 20)
+        assert received.count(b'"finish_reason":"length"') == 2
+        stalled.close()
         server.until_idle()
 
 
 def test_progress_is_told_while_a_prompt_is_read(server, monkeypatch):
-    run, go_on = server.service.engine.runner.run, threading.Event()
+    step, go_on = server.service.engine.runner.run, threading.Event()
 
     def wait(*arguments):
         go_on.wait(30)
-        return run(*arguments)
+        return step(*arguments)
 
     monkeypatch.setattr(server.service.engine.runner, "run", wait)
     with httpx.stream(
@@ -318,13 +334,13 @@ def test_logs_hold_prompts_only_where_asked_for(llm, capfd):
 
 def test_a_failing_pass_is_an_error_and_the_server_goes_on(llm, monkeypatch):
     with serving(llm) as server:
-        run, failures = server.service.engine.runner.run, [True, True]
+        step, failures = server.service.engine.runner.run, [True, True]
 
         def fail(*arguments):
             if failures:
                 failures.pop()
                 raise LazyAheadError("no luck")
-            return run(*arguments)
+            return step(*arguments)
 
         monkeypatch.setattr(server.service.engine.runner, "run", fail)
         answer = server.post("/v1/completions", SHORT)
@@ -365,6 +381,24 @@ def test_draining_lets_answers_end_and_takes_no_new_ones(llm):
         connection.close()
         server._thread.join(30)
         assert server.exit_code == 0
+
+
+def test_a_port_that_is_taken_is_named_before_the_model_is_loaded(server, capsys):
+    assert run(["serve", "--port", str(server.port), "--model", "/no/such/model"]) == 2
+    assert f"port {server.port}" in capsys.readouterr().err
+
+
+def test_a_second_signal_ends_at_once(llm):
+    with serving(llm, drain_s=60) as server:
+        sock = send(server, {**LONG, "max_tokens": 900, "stream": True})
+        assert sock.recv(12) == b"HTTP/1.1 200"
+        server.server._handle(signal.SIGINT, None)
+        server.server._handle(signal.SIGINT, None)
+        server._thread.join(30)
+        assert server.exit_code == 130
+        server.service.stop()
+        assert not server.worker.is_alive
+        sock.close()
 
 
 def test_sigterm_in_mid_stream_ends_it_with_a_last_event(tmp_path):

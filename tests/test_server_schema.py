@@ -62,7 +62,7 @@ def test_every_answer_is_as_documented(server, operation, mode):
     def every_answer_is_as_documented(case):
         if mode == GenerationMode.POSITIVE and isinstance(case.body, dict):
             case.body = served(case.body)
-        case.call_and_validate(base_url=server.url, checks=CHECKS)
+        case.call_and_validate(base_url=server.url, checks=CHECKS, timeout=300)
 
     every_answer_is_as_documented()
 

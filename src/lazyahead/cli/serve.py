@@ -90,14 +90,17 @@ def serve(
         log_requests=log_requests,
         log_prompts=log_prompts,
     )
+    from lazyahead.server.run import bind
+    from lazyahead.server.run import serve as run
+
+    bound = bind(host, port)  # before the model, which takes its time
     engine_decode = "lookahead" if decode is None else decode
     llm = options.Loading(model, dtype, device, prefill, engine_decode, memory).load()
     from lazyahead.server.app import create_app
-    from lazyahead.server.run import serve as run
 
     app = create_app(llm, settings)
     name = app.state.service.model_name
-    code = run(app, host, port, lambda port: _greet(host, port, name, bool(settings.api_keys)))
+    code = run(app, bound, lambda port: _greet(host, port, name, bool(settings.api_keys)))
     if code:
         raise typer.Exit(code)
 

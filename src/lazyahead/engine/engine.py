@@ -73,7 +73,7 @@ class Engine:
         )
         self._attached: list[AbstractContextManager[Any]] = []
         self.in_pass: tuple[Request, ...] = ()
-        """The requests of the pass that runs, or of the latest one."""
+        """The requests of the pass that runs. After one that failed, those that have not ended."""
         self.lock = threading.RLock()
         """Held during every step, and during a whole call of `answer`."""
 
@@ -170,6 +170,7 @@ class Engine:
             for scheduled in batch:
                 scheduled.checkpoint.restore()
             raise
+        self.in_pass = ()
 
     # --- the phases -------------------------------------------------------------------------
 
@@ -308,6 +309,7 @@ class Engine:
     def _finish(self, request: Request, reason: str) -> None:
         request.finish_reason = reason
         request.session.in_use = False
+        self.in_pass = tuple(other for other in self.in_pass if other is not request)
         if request.drafts is not None:
             request.drafts.stop(remember=reason in ("stop", "length"))
             if self.row_cost is not None:

@@ -30,7 +30,7 @@ class WorkerDeadError(LazyAheadError):
 
 
 class _AllCancelled(Exception):  # noqa: N818 (a way out, no error)
-    """Nobody waits for the pass that runs."""
+    """Nobody waits any more for the pass that runs."""
 
 
 class Worker:
@@ -78,7 +78,7 @@ class Worker:
         self._thread.start()
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Cancels what runs and ends the thread."""
+        """Cancels what runs, within a layer, and ends the thread. May be called again."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -141,7 +141,6 @@ class Worker:
                         attached.enter_context(self.engine)
                         is_attached = True
                     self._pass()
-                    self.engine.in_pass = ()  # so that ended requests can be freed
                 else:  # plain calls of the model are as before
                     attached.close()
                     is_attached = False
@@ -179,8 +178,7 @@ class Worker:
             for request in self.engine.in_pass or list(self._jobs):
                 self._end(self._jobs[request], error)
             return
-        for request in self.engine.in_pass:
-            job = self._jobs[request]
+        for request, job in list(self._jobs.items()):
             job.deliver()
             job.progress = request.progress
             if request.finish_reason is not None:
@@ -189,7 +187,7 @@ class Worker:
 
     def _on_layer(self, layer: int) -> None:
         jobs = [self._jobs[request] for request in self.engine.in_pass]
-        if all(job.is_cancelled for job in jobs):
+        if self._is_closing or all(job.is_cancelled for job in jobs):
             raise _AllCancelled
         for job in jobs:
             request = job.answer.request

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +14,10 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from lazyahead.errors import ConfigError
 from lazyahead.server.service import Service
 
+_log = logging.getLogger(__name__)
 MAX_HEADER_BYTES = 32 << 10
 _GRACE_S = 5  # for last events to be sent
 
@@ -22,7 +26,7 @@ class Server(uvicorn.Server):
     """SIGTERM or Ctrl-C: nothing new is taken, answers may go on for `drain_s`, then streams end
     with an event that says so. A second signal ends at once."""
 
-    def __init__(self, app: FastAPI, host: str, port: int, started: Callable[[int], None]) -> None:
+    def __init__(self, app: FastAPI, started: Callable[[int], None]) -> None:
         """`started` is called with the port when requests are taken."""
         self.service: Service = app.state.service
         self.exit_code = 0
@@ -31,8 +35,6 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                host=host,
-                port=port,
                 http="h11",
                 ws="none",
                 lifespan="on",
@@ -82,7 +84,10 @@ class Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         """Waits for answers, up to `drain_s`; what then still runs ends."""
-        for _ in range(round(10 * self.service.settings.drain_s)):
+        num, drain_s = self.service.admission.num_taken, self.service.settings.drain_s
+        if num:
+            _log.warning("%d requests may go on for %g s; again to end at once", num, drain_s)
+        for _ in range(round(10 * drain_s)):
             if not self.service.admission.num_taken:
                 break
             await asyncio.sleep(0.1)
@@ -94,12 +99,29 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(app: FastAPI, host: str, port: int, started: Callable[[int], None]) -> int:
-    """Returns the exit code: 0 after SIGTERM, 130 after Ctrl-C, 1 when the model's thread failed or
-    the port is taken."""
-    server = Server(app, host, port, started)
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that is taken, and that refuses connections until a server listens on it. Raises
+    ConfigError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        server.run()
-    except SystemExit as error:  # uvicorn could not begin
-        return int(error.code or 1)
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise ConfigError(
+            f"nothing can listen on {host} port {port}: {error.strerror}; "
+            "choose others with --host and --port"
+        ) from None
+    return bound
+
+
+def serve(app: FastAPI, bound: socket.socket, started: Callable[[int], None]) -> int:
+    """Returns the exit code: 0 after SIGTERM, 130 after Ctrl-C, 1 when the model's thread
+    failed."""
+    server = Server(app, started)
+    try:
+        server.run(sockets=[bound])
+    finally:
+        server.service.stop()  # also where a second signal skipped the app's own end
     return server.exit_code

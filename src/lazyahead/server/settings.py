@@ -66,7 +66,7 @@ class Settings:
     response_ttl_s: float = 3600.0
     """How long a response can be continued with `previous_response_id`."""
     response_cache_bytes: int = 1 << 30
-    """Most memory that sessions of such responses take."""
+    """Most memory that such responses take, texts and sessions; 0 keeps none."""
     log_requests: bool = False
     """One line of JSON a request, on stderr."""
     log_prompts: bool = False

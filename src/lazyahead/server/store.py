@@ -26,10 +26,18 @@ class Kept:
     for others."""
     until: float = field(default=0.0)
 
+    @property
+    def num_chars(self) -> int:
+        return sum(len(message["content"]) for message in self.messages)
+
+    @property
+    def session_bytes(self) -> int:
+        return 0 if self.session is None else self.session.nbytes
+
 
 class ResponseStore:
-    """Keeps responses for `ttl_s` after they were last used; their sessions within `max_bytes`,
-    the ones not used for longest leave first. Used in the event loop only."""
+    """Keeps responses for `ttl_s` after they were last used, and within `max_bytes`: sessions leave
+    first, then texts, each time those not used for longest. Used in the event loop only."""
 
     def __init__(self, ttl_s: float, max_bytes: int) -> None:
         self._ttl_s, self._max_bytes = ttl_s, max_bytes
@@ -40,8 +48,8 @@ class ResponseStore:
 
     @property
     def nbytes(self) -> int:
-        """Of all sessions."""
-        return sum(kept.session.nbytes for kept in self._kept.values() if kept.session is not None)
+        """Of texts (a byte a character) and sessions."""
+        return sum(kept.num_chars + kept.session_bytes for kept in self._kept.values())
 
     def put(self, response_id: str, kept: Kept) -> None:
         kept.until = time.monotonic() + self._ttl_s
@@ -65,9 +73,10 @@ class ResponseStore:
             if self._kept[oldest].until > now and len(self._kept) <= MAX_RESPONSES:
                 break
             del self._kept[oldest]
-        if self.nbytes <= self._max_bytes:
-            return
+        excess = self.nbytes - self._max_bytes
         for kept in self._kept.values():
-            kept.session = None
-            if self.nbytes <= self._max_bytes:
-                break
+            if excess > 0:
+                excess -= kept.session_bytes
+                kept.session = None
+        while excess > 0 and self._kept:
+            excess -= self._kept.popitem(last=False)[1].num_chars
