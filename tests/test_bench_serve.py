@@ -84,6 +84,8 @@ def test_an_error_in_a_stream_is_no_answer():
         fold((1.0, {"error": {"message": "too late"}}))
     with pytest.raises(StreamError, match="too late"):
         fold((1.0, {"error": "too late"}))
+    with pytest.raises(StreamError, match="JSON object"):
+        fold((1.0, ["text"]))
 
 
 # --- figures --------------------------------------------------------------------------------------
@@ -355,6 +357,9 @@ def test_random_prompts_need_something_that_counts_tokens():
     [
         (["--url", "127.0.0.1:8000"], "127.0.0.1:8000"),
         (["--url", "http://127.0.0.1:9"], "http://127.0.0.1:9"),
+        (["--url", "http://[::1"], "http://[::1"),
+        (["--url", "http://"], "'http://'"),
+        (["--endpoint", "completions"], "completions"),
         (["--backend", "tgi"], "tgi"),
         (["--dataset-name", "sharegpt"], "sharegpt"),
         (["--dataset-name", "custom"], "--data PATH"),

@@ -64,8 +64,10 @@ class Load:
         if self.backend not in BACKENDS:
             known = ", ".join(BACKENDS)
             raise ConfigError(f"--backend is one of {known}, got {self.backend!r}")
-        if not self.url.startswith(("http://", "https://")):
-            raise ConfigError(f"--url begins with http:// or https://, got {self.url!r}")
+        if not _is_url(self.url):
+            raise ConfigError(f"--url must be like http://127.0.0.1:8000, got {self.url!r}")
+        if self.endpoint is not None and not self.endpoint.startswith("/"):
+            raise ConfigError(f"--endpoint must be a path like {CHAT}, got {self.endpoint!r}")
         check_count("--num-prompts", self.num_prompts, 1)
         for name in ("request_rate", "burstiness"):
             if not getattr(self, name) > 0:
@@ -76,6 +78,14 @@ class Load:
     def base_url(self) -> str:
         """Without the `/v1` that clients want."""
         return self.url.rstrip("/").removesuffix("/v1")
+
+
+def _is_url(text: str) -> bool:
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        return False
+    return url.scheme in ("http", "https") and bool(url.host)
 
 
 class Run(NamedTuple):

@@ -72,8 +72,10 @@ class Arrivals:
         self._latest = 0.0
         self._total: int | None = None
 
-    def add(self, chunk: dict[str, Any], now: float) -> None:
+    def add(self, chunk: Any, now: float) -> None:
         """A chunk that came at `now`. Raises StreamError where it is an error."""
+        if not isinstance(chunk, dict):
+            raise StreamError(f"a chunk must be a JSON object, got {chunk!r:.80}")
         if error := chunk.get("error"):
             message = error.get("message", error) if isinstance(error, dict) else error
             raise StreamError(f"the stream ended with an error: {message}"[:ERROR_CHARS])
