@@ -4,8 +4,8 @@ Starts the servers, one thread each, and sends them the same prompts in turns, s
 them computes at a time and a machine that slows down slows all of them. The last line of stdout is
 one JSON object. Needs the extra `serve`, and for transformers' server its extra `serving`.
 
-    scripts/compare_servers.py --model FOLDER --concurrency 1 4 16 --input-len 2048
-    scripts/compare_servers.py --model FOLDER --overhead 20
+    .venv/bin/python scripts/compare_servers.py --concurrency 1 4 16 --input-len 2048
+    .venv/bin/python scripts/compare_servers.py --model FOLDER --overhead 20
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from lazyahead.bench.serve import Load, measure_serve
 from lazyahead.bench.serve_client import Ask, Outcome, Target, send, try_out
 from lazyahead.bench.serve_metrics import figures
 from lazyahead.bench.serve_prompts import LocalTokens, RandomPrompts
+from lazyahead.cli.options import BUILT_IN
+from lazyahead.reader import reader_path
 
 ENV = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
 OURS = "lazyahead serve"
@@ -233,7 +235,9 @@ async def _timed(
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", required=True, help="folder")
+    parser.add_argument(
+        "--model", default=str(reader_path()), help="folder; left out: the built-in reader"
+    )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--input-len", type=int, default=2048)
@@ -258,7 +262,7 @@ def main(argv: Sequence[str]) -> None:
     told = {
         "lazyahead": version("lazyahead"),
         "machine": machine(torch.device("cpu"), getattr(torch, given.dtype)),
-        "model": Path(given.model).name,
+        "model": BUILT_IN if given.model == str(reader_path()) else Path(given.model).name,
         "config": {k: v for k, v in vars(given).items() if k not in ("runs", "model")},
         "seed": 0,
         "runs": given.runs,
