@@ -1,5 +1,7 @@
 """docs/server.md names what there is, and importing the library asks for nothing of the server."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,12 @@ from lazyahead.server.schema import ChatRequest, CompletionRequest, Extension
 from lazyahead.server.settings import Settings
 
 PAGE = (Path(__file__).parents[1] / "docs" / "server.md").read_text(encoding="utf-8")
+DASHBOARD = Path(__file__).parents[1] / "docs" / "grafana-dashboard.json"
+SUFFIXES = {
+    "gauge": ("",),
+    "counter": ("_total",),
+    "histogram": ("_bucket", "_sum", "_count"),
+}
 NEUTRAL = {"response_format", "tools", "tool_choice", "store", "service_tier", "modalities"}
 
 
@@ -22,6 +30,22 @@ def test_every_metric_is_documented():
     for family in text_string_to_metric_families(service.metrics.text().decode()):
         name = family.name.removeprefix("lazyahead:").removesuffix("_created")
         assert f"`{name}" in PAGE, name
+
+
+def test_the_dashboard_names_what_metrics_tells_and_nothing_else():
+    service = create_app(tiny_llm()).state.service
+    families = list(text_string_to_metric_families(service.metrics.text().decode()))
+    there = {f"{family.name}{suffix}" for family in families for suffix in SUFFIXES[family.type]}
+    text = json.dumps(json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"])
+    shown = set(re.findall(r"lazyahead:\w+", text))
+    assert shown <= there
+    missing = [
+        family.name
+        for family in families
+        if not family.name.endswith("_created")
+        and not shown & {f"{family.name}{suffix}" for suffix in SUFFIXES[family.type]}
+    ]
+    assert not missing
 
 
 def test_every_endpoint_and_honoured_field_is_documented():

@@ -14,6 +14,7 @@ from lazyahead.cli.bench_decode import bench_decode
 from lazyahead.cli.bench_prefix import bench_prefix
 from lazyahead.cli.bench_quality import bench_quality
 from lazyahead.cli.bench_replay import bench_replay
+from lazyahead.cli.bench_serve import bench_serve
 from lazyahead.cli.output import print_json, record, seconds, tables
 from lazyahead.cli.progress import load_torch, progress
 from lazyahead.errors import ConfigError
@@ -32,6 +33,7 @@ app.command("decode")(bench_decode)
 app.command("replay")(bench_replay)
 app.command("quality")(bench_quality)
 app.command("prefix")(bench_prefix)
+app.command("serve")(bench_serve)
 
 
 @app.callback()

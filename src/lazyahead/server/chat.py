@@ -47,9 +47,8 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     answers = await service.ask([prompt], sampling, body.n, manner, num_top=num_top)
     try:
         form = await _format(service, body, prompt, answers)
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
         return await respond(
-            service, request, answers, form, stream=body.stream, include_usage=include_usage
+            service, request, answers, form, stream=body.stream, options=body.stream_options
         )
     except BaseException:
         answers.close()

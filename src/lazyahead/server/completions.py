@@ -36,9 +36,8 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     answers = await service.ask(prompts, sampling, body.n, manner, num_top=body.logprobs)
     try:
         form = await _format(service, body, prompts, answers)
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
         return await respond(
-            service, request, answers, form, stream=body.stream, include_usage=include_usage
+            service, request, answers, form, stream=body.stream, options=body.stream_options
         )
     except BaseException:
         answers.close()

@@ -16,7 +16,8 @@ from lazyahead.results import Stats
 from lazyahead.server.answers import Answers, Got, Tick
 from lazyahead.server.errors import ApiError
 from lazyahead.server.log import note_answer
-from lazyahead.server.reply import dump
+from lazyahead.server.reply import ChatChunk, Completion, dump, usage
+from lazyahead.server.schema import StreamOptions
 from lazyahead.server.service import Service
 from lazyahead.server.sse import DONE, EventStream, comment, data, whole
 
@@ -24,7 +25,7 @@ from lazyahead.server.sse import DONE, EventStream, comment, data, whole
 class Format(Protocol):
     """How one endpoint writes pieces."""
 
-    def chunks(self, got: Got) -> Sequence[BaseModel]:
+    def chunks(self, got: Got) -> Sequence[ChatChunk | Completion]:
         """What a stream sends for a piece."""
 
     def usage_chunk(self, stats: Sequence[Stats]) -> BaseModel:
@@ -50,11 +51,11 @@ async def respond(
     form: Format,
     *,
     stream: bool,
-    include_usage: bool,
+    options: StreamOptions | None = None,
 ) -> Response:
     """The response; closes the answers when it ends, however it does."""
     if stream:
-        events = _events(service, request, answers, form, include_usage)
+        events = _events(service, request, answers, form, options or StreamOptions())
         return EventStream(answers, events, service.settings.request_timeout_s, last_event)
     got = await whole(answers, request)
     note_answer(request, answers.stats, got)
@@ -67,7 +68,7 @@ def last_event(error: ApiError) -> bytes:
 
 
 async def _events(
-    service: Service, request: Request, answers: Answers, form: Format, include_usage: bool
+    service: Service, request: Request, answers: Answers, form: Format, options: StreamOptions
 ) -> AsyncGenerator[bytes]:
     kept: list[Got] = []
     async with aclosing(answers.events(service.settings.progress_s)) as events:
@@ -77,9 +78,13 @@ async def _events(
                 continue
             if service.settings.log_prompts or event.piece.finish_reason is not None:
                 kept.append(event)
-            if parts := form.chunks(event):
+            parts = form.chunks(event)
+            if options.continuous_usage_stats:
+                for part in parts:
+                    part.usage = usage([event.piece.stats])
+            if parts:
                 yield b"".join(map(data, parts))
     note_answer(request, answers.stats, kept)
-    if include_usage:
+    if options.include_usage:
         yield data(form.usage_chunk(answers.stats))
     yield DONE

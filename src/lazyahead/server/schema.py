@@ -33,6 +33,14 @@ class Body(BaseModel):
 class StreamOptions(Body):
     include_usage: bool = False
     """A last chunk with `usage` and no choices."""
+    continuous_usage_stats: bool = False
+    """`usage` of the choice so far in every chunk, as in vLLM."""
+
+    @model_validator(mode="after")
+    def _together(self) -> StreamOptions:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise ValueError("continuous_usage_stats goes with include_usage: true")
+        return self
 
 
 class Extension(Body):
