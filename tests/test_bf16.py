@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from lazyahead.cache.kv import LayerKV
+from lazyahead.hf import segment
 from lazyahead.hf.attention import attend
 from lazyahead.hf.rows import AttentionParams, QueryRows
 from lazyahead.hf.runner import Runner
@@ -70,6 +71,33 @@ def test_logits_have_the_same_bits_across_blocks_of_keys(family: str) -> None:
     whole = read_in(runner, text, [len(text)])
     for cuts in ([500], [511], [509, 510, 511], [256]):
         assert torch.equal(read_in(runner, text, [*cuts, len(text)]), whole)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("logits_indices", [[], [29]])
+def test_the_last_layer_attends_for_the_row_that_is_read(
+    family: str, logits_indices: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys, values and logits are those of a pass in which every row is read."""
+    runner = Runner(*tiny(f"{family}:bfloat16"))
+    (text,) = prompts(30)
+    stores = [[LayerKV() for _ in range(runner.num_layers)] for _ in range(2)]
+    whole = read(runner, stores[0], text, 0)
+    num_rows: list[int] = []
+
+    def counted(query: Tensor, *others: Any) -> Tensor:
+        num_rows.append(query.shape[2])
+        return attend(query, *others)
+
+    monkeypatch.setattr(segment, "attend", counted)
+    rows = Segment(stores[1], text, range(30), logits_indices, runner.device)
+    with runner.attached():
+        logits = runner.run([rows])
+    assert num_rows == [30] * (runner.num_layers - 1) + [1] * len(logits_indices)
+    assert torch.equal(logits, whole[logits_indices])
+    for left, right in zip(*stores, strict=True):
+        assert torch.equal(left.keys, right.keys)
+        assert torch.equal(left.values, right.values)
 
 
 @cache

@@ -102,8 +102,8 @@ class Segment:
     ) -> Tensor:
         """Appends keys and values (1, H_kv, T, D), returns the output (1, T, H, D_v)."""
         policy = self.policy
+        num_heads, num_rows = query.shape[1:3]
         if policy.is_placeholder:
-            num_heads, num_rows = query.shape[1:3]
             return query.new_zeros(1, num_rows, num_heads, values.shape[-1])
         kv = self.kv[layer]
         kv.append(keys, values, self.positions)
@@ -114,7 +114,23 @@ class Segment:
             last = query[:, :, -num_queries:]
             weights = attention_weights(last, kv, rows, params)
             policy.observe(layer, reduce_heads(weights, policy.head_reduction, params.ranks))
-        return attend(query, keys, kv, rows, params)
+        num_read = num_rows if layer < len(self.kv) - 1 else self._num_read()
+        if num_read == num_rows:
+            return attend(query, keys, kv, rows, params)
+        output = query.new_zeros(1, num_rows, num_heads, values.shape[-1])
+        if num_read:
+            rows = QueryRows(self.positions[-1:], self.last, None)
+            output[:, -1:] = attend(query[:, :, -1:], keys[:, :, -1:], kv, rows, params)
+        return output
+
+    def _num_read(self) -> int:
+        """How many last rows of the last layer's output are read: of a prompt's, none or one."""
+        if self.ancestors is not None or self.num_rows == 1:
+            return self.num_rows
+        if not self.logits_indices:
+            return 0
+        is_last = list(self.logits_indices) == self.entered[-1:].tolist()
+        return 1 if is_last else self.num_rows
 
     def at_boundary(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Asks the policy which rows (T, d) enter `layer`; None where nothing changes."""
