@@ -63,6 +63,14 @@ def test_a_second_question_needs_no_document_call(llm: LLM) -> None:
         assert ask(http)[1] >= 128
 
 
+def test_a_request_may_read_afresh_and_then_leaves_nothing(llm: LLM) -> None:
+    with client(llm) as http:
+        for _ in range(2):
+            assert ask(http, lazyahead={"cache": False})[1] == 0
+        assert ask(http)[1] == 0
+        assert ask(http)[1] >= 128
+
+
 def test_a_document_belongs_to_its_key_its_prefill_and_its_system_message(llm: LLM) -> None:
     keys = [{"Authorization": f"Bearer {key}"} for key in ("one", "two")]
     system = [{"role": "system", "content": "Be brief."}]

@@ -73,7 +73,7 @@ class PrefixSharing:
 
     def _may_share(self, request: Request) -> bool:
         """A prompt that begins a conversation of its own, and defers as all others do."""
-        if request.prefill.start or self._runner.single_request_only:
+        if not request.may_share or request.prefill.start or self._runner.single_request_only:
             return False
         has_states = first_boundary(request.session) > 0
         return has_states and (request.session.prefill is None or request.prefill.prunes)

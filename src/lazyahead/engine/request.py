@@ -55,6 +55,8 @@ class Request:
         self.namespace: str | None = None
         """Whose earlier answers it is drafted from and whose prompts share what they begin with;
         None: the engine's own."""
+        self.may_share = True
+        """Whether the prefix cache gives it what it begins with, and keeps that for others."""
         self.is_paused = False
         """Left out of passes until this is False again. It then takes no place among those that
         run at once."""

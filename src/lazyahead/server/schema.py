@@ -52,6 +52,8 @@ class Extension(Body):
     namespace: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     """Whose earlier answers are drafted from. It belongs to the API key, unless the operator
     shares it."""
+    cache: bool = True
+    """Whether the prompt may begin with what the prefix cache holds, and is kept there."""
     detail: bool = False
     """How deep the prompt was read, and what was drafted, in `lazyahead` of each choice or
     chunk."""

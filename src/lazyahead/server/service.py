@@ -48,6 +48,7 @@ class Manner:
     may_draft: bool
     namespace: str
     detail: bool = False
+    may_share: bool = True
 
 
 class Service:
@@ -169,7 +170,7 @@ class Service:
             )
         may_draft = self.drafts if asked.decode is None else asked.decode == "lookahead"
         namespace = self._namespace(asked.namespace, tenant)
-        return Manner(prefill, may_draft, namespace, asked.detail)
+        return Manner(prefill, may_draft, namespace, asked.detail, asked.cache)
 
     def _prefill(self, name: str) -> LazyPrefill | None:
         if name == "off":
@@ -289,6 +290,7 @@ class Service:
                 answer = Answer(self._setting, prompt, sampling, session)
                 answer.request.may_draft = manner.may_draft
                 answer.request.namespace = manner.namespace
+                answer.request.may_share = manner.may_share
                 made.append(answer)
         return made
 

@@ -1,6 +1,6 @@
 // The conversation: what was asked, what is being answered, and the comparison with everything read.
 
-const EVERYTHING = { prefill: "off", decode: "off" };
+const EVERYTHING = { prefill: "off", decode: "off", cache: false };
 
 class Chat {
   /** `view` is the document's; `changed` is called when something is worth keeping. */
@@ -181,5 +181,6 @@ function verdict({ lazy, full }) {
     el("b", {}, `First token ${ratio(lazy.stats.ttft_ms, full.stats.ttft_ms)}`), ", ",
     el("b", {}, `whole answer ${ratio(lazy.ms, full.ms)}`), ". ",
     first < 0 ? "The two texts are the same." : `The texts differ from word ${first + 1} on.`,
+    lazy.stats.cached_tokens ? ` Of the left one, ${number(lazy.stats.cached_tokens)} tokens were read before.` : "",
   ];
 }
