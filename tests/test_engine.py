@@ -296,3 +296,26 @@ def test_short_prompts_that_keep_coming_do_not_stop_a_long_one() -> None:
             engine.step()
             num_steps += 1
         assert num_steps <= 4 * 6
+
+
+def test_requests_wait_while_those_that_run_may_hold_too_many_tokens() -> None:
+    texts = prompts(20, 20, 70, 10)
+    engine = Engine(Runner(*tiny("llama")), LAZY, None)
+    engine.limit_tokens(60)
+    requests = [request_for(engine, text, 6) for text in texts]
+    held: list[list[int]] = []
+
+    def note() -> None:
+        running = [
+            request for request in requests if request.admitted and not request.finish_reason
+        ]
+        held.append([request.max_tokens for request in running])
+
+    finish(engine, requests, note)
+    assert all(sum(tokens) <= 60 or len(tokens) == 1 for tokens in held)
+    assert max(map(len, held)) == 2
+    assert [request.answer for request in requests] == [
+        answer("llama", text, LAZY, num_tokens=6).answer for text in texts
+    ]
+    with pytest.raises(ConfigError, match="max_running_tokens"):
+        engine.limit_tokens(0)

@@ -56,6 +56,12 @@ def serve(
         typer.Option(help="Origin whose pages may call the server; may be repeated."),
     ] = None,
     max_running: Annotated[int | None, typer.Option(help="Requests in one pass.")] = None,
+    max_running_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that they may come to hold. Left out: what half of the free memory takes."
+        ),
+    ] = None,
     max_queue: Annotated[int | None, typer.Option(help="Requests that may wait.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="Largest request.")] = None,
@@ -92,6 +98,7 @@ def serve(
         allowed_hosts=_hosts(host, allowed_host or []),
         cors_origins=tuple(cors_origin or ()),
         max_running=max_running,
+        max_running_tokens=max_running_tokens,
         max_queue=max_queue,
         max_tokens=max_tokens,
         max_body_bytes=max_body_bytes,

@@ -139,6 +139,13 @@ class Engine:
     def num_waiting(self) -> int:
         return self._scheduler.num_waiting
 
+    def limit_tokens(self, max_running_tokens: int | None) -> None:
+        """Bounds the memory of requests that run at once, by the tokens that they may come to
+        hold; further ones wait. Raises ConfigError for a number below 1."""
+        if max_running_tokens is not None:
+            check_count("max_running_tokens", max_running_tokens, least=1)
+        self._scheduler.max_running_tokens = max_running_tokens
+
     def submit(self, request: Request) -> None:
         """Queues a request; it joins between two steps."""
         with self.lock:

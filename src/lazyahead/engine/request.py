@@ -91,6 +91,11 @@ class Request:
         self.num_revived_seen = session.num_revived
         self.drafts: DraftRequest | None = None
 
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that it may come to hold, prompt and answer."""
+        return len(self.prompt) + self.max_new_tokens
+
     def trim_logits(self) -> None:
         """Drops collected scores and logits beyond the answer."""
         for collected in (self.scores, self.logits):

@@ -80,6 +80,8 @@ class Scheduler:
         self._prefill_chunk_size = prefill_chunk_size
         self._max_prefill_rows = max_prefill_rows
         self._num_prefills = 0
+        self.max_running_tokens: int | None = None
+        """Most tokens that running requests may come to hold, prompts and answers; None: any."""
         self._max_running = max_running
         self.step: Step | None = None
         """What the drafts of the current pass are for; None: nothing is drafted."""
@@ -132,7 +134,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         room = self._max_running - sum(not request.is_paused for request in self._running)
-        while self._waiting and room > 0:
+        while self._waiting and room > 0 and self._fits(self._waiting[0]):
             room -= 1
             request = self._waiting.popleft()
             request.admitted = perf_counter()
@@ -140,6 +142,13 @@ class Scheduler:
             if self._prefixes is not None:
                 self._prefixes.begin(request)
             self._running.append(request)
+
+    def _fits(self, request: Request) -> bool:
+        """Whether it may run beside those that do. A request that runs alone always may."""
+        if self.max_running_tokens is None or not self._running:
+            return True
+        total = sum(running.max_tokens for running in self._running)
+        return total + request.max_tokens <= self.max_running_tokens
 
     # --- decoding ---------------------------------------------------------------------------
 

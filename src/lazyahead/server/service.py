@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
+import torch
 from starlette.requests import Request as HTTPRequest
 
 from lazyahead.answer import Answer, Setting, check, resume
@@ -108,6 +110,7 @@ class Service:
         answer.request.may_draft = False
         for _ in self.worker.submit(answer):
             pass
+        self.engine.limit_tokens(self.settings.max_running_tokens or _tokens_that_fit(session))
         if self.documents is not None:
             self._load_documents(self.documents)
 
@@ -293,6 +296,20 @@ class Service:
                 answer.request.may_share = manner.may_share
                 made.append(answer)
         return made
+
+
+def _tokens_that_fit(session: Session) -> int | None:
+    """Tokens whose keys and values fit into half of the memory that is free. `session` is one of
+    this model's; None where the model keeps a state of its own."""
+    parts = [part for kv in session.kv for part in (kv.keys, kv.values)]
+    if not parts:
+        return None
+    token_bytes = sum(part.nbytes // part.shape[2] for part in parts)
+    device = parts[0].device
+    free = int(psutil.virtual_memory().available)
+    if device.type == "cuda":
+        free = int(torch.cuda.mem_get_info(device)[0])
+    return max(1, free // 2 // token_bytes)
 
 
 def tenant_of(request: HTTPRequest) -> str:

@@ -45,6 +45,9 @@ class Settings:
     """Requests in one pass."""
     max_queue: int = 64
     """Requests that may wait beyond those; further ones get 429."""
+    max_running_tokens: int | None = None
+    """Tokens that requests in one pass may come to hold, prompts and answers: further requests
+    wait. None: as many as fit into half of the memory that is free at the start."""
     prefill_chunk_size: int = 512
     """Rows of a prompt in a pass that others share."""
     max_prefill_rows: int = 1024
@@ -92,6 +95,8 @@ class Settings:
             check_count(name, getattr(self, name), 1)
         for name in ("max_queue", "cache_bytes", "response_cache_bytes"):
             check_count(name, getattr(self, name), 0)
+        if self.max_running_tokens is not None:
+            check_count("max_running_tokens", self.max_running_tokens, 1)
         for name in _TIMES:
             if not (is_number(getattr(self, name)) and getattr(self, name) > 0):
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)!r}")
