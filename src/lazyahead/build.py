@@ -3,6 +3,7 @@ runs it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from lazyahead.hf.fingerprint import owner_of
 from lazyahead.hf.plain_runner import PlainRunner
 from lazyahead.hf.probe import examine
 from lazyahead.hf.runner import Runner
+from lazyahead.hf.steady import fewest_rows
 
 
 def engine_for(
@@ -47,6 +49,9 @@ def engine_for(
     runner.pack(packed)
     owner = partial(owner_of, model, tokenizer)
     vocab_size = model.get_input_embeddings().weight.shape[0]
+    if isinstance(decode, Lookahead) and decode.mode is None:
+        branches_are_dear = fewest_rows(model.device, model.dtype) > 1
+        decode = replace(decode, mode="single" if branches_are_dear else "hierarchical")
     strategy = strategy_for(decode, owner, vocab_size)
     return Engine(
         runner,
