@@ -115,6 +115,16 @@ def test_users_bring_texts_and_spec_bench_files(model, tmp_path, last_json):
         assert row["plain_tok_s"] > 0
 
 
+def test_drafts_leave_a_seeded_draw_as_it_is(model, tmp_path, last_json):
+    (tmp_path / "own.jsonl").write_text(json.dumps({"prompt": TEXT}))
+    values = last_json(
+        *("decode", "-m", model, *QUICK, "--data", str(tmp_path / "own.jsonl")),
+        *("--temperature", "1", "--seed", "3"),
+    )
+    assert (values["seed"], values["config"]["temperature"]) == (3, 1.0)
+    assert all(row["identical"] == 1 for row in values["rows"])
+
+
 def test_people_get_a_table(model, capsys):
     assert run(["bench", "decode", "-m", model, *QUICK, "--workload", "qa"]) == 0
     assert "lookup" in capsys.readouterr().out
@@ -178,6 +188,7 @@ def test_replay_times_drafting_behind_long_contexts(last_json):
         (["decode", "--memory", "--batch", "2"], "--memory"),
         (["decode", "--length", "20"], "20"),
         (["decode", "--prompts", "/no/such/file"], "/no/such/file"),
+        (["decode", "--temperature", "1"], "--data"),
         (["replay", "--text", "/no/such/file"], "/no/such/file"),
         (["replay", "--row-cost", "/no/such/file"], "/no/such/file"),
         (["replay", "--lengths", "long"], "long"),

@@ -10,6 +10,7 @@ import torch
 from tiny import save_model
 
 from lazyahead import LLM, LazyPrefill
+from lazyahead.bench import methods
 from lazyahead.bench.data.encode import encode_sample
 from lazyahead.bench.data.sample import Sample
 from lazyahead.bench.kept import (
@@ -18,11 +19,12 @@ from lazyahead.bench.kept import (
     kept_interval,
     measure_likelihood,
 )
-from lazyahead.bench.methods import Method
+from lazyahead.bench.methods import Method, methods_at_equal_seconds
 from lazyahead.bench.real_text import agreement, by_category, fitting_length, measure_real_text
 from lazyahead.cli import run
-from lazyahead.errors import RequestError
+from lazyahead.errors import ConfigError, RequestError
 from lazyahead.reader import samples
+from lazyahead.text import Prompt
 
 COMMON = {"lazyahead", "machine", "model", "config", "seed", "runs"}
 CONTRACT = {
@@ -86,6 +88,36 @@ def test_reading_next_to_nothing_loses(rows: list[Any]) -> None:
     assert rows[-1].prompt_tokens_computed < 0.6
     assert rows[-1].kept < 0.9
     assert rows[-1].kept_low <= rows[-1].kept <= rows[-1].kept_high
+
+
+def test_what_is_skipped_counts_as_saved(rows: list[Any]) -> None:
+    full, keep_all, nothing = rows[-3:]
+    assert full.ideal_speedup == 1
+    assert keep_all.ideal_speedup < 1.01
+    assert nothing.ideal_speedup > 1.5
+
+
+def test_a_baseline_keeps_what_takes_as_long_as_the_preset(
+    reader: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "_ttft_s", lambda llm, rule, prompt: rule.schedule[0][1])
+    rules = {"random_drop": LazyPrefill.random_drop(), "balanced": LazyPrefill(((0.8, 0.3),))}
+    lazy, baseline = methods_at_equal_seconds(reader, rules, Prompt([1] * 8))
+    assert (lazy.prefill, baseline.name, baseline.prefill) == (
+        "balanced",
+        "random_drop",
+        "balanced",
+    )
+    ((depth, ratio),) = baseline.rule.schedule
+    assert depth == 0
+    assert ratio == pytest.approx(0.3, abs=0.04)
+
+
+def test_a_baseline_without_a_preset_is_refused(reader: LLM) -> None:
+    with pytest.raises(ConfigError, match=r"random_drop.*--prefill balanced"):
+        methods_at_equal_seconds(
+            reader, {"random_drop": LazyPrefill.random_drop()}, Prompt([1] * 8)
+        )
 
 
 def test_likelihoods_are_those_of_the_plain_model(reader: LLM) -> None:

@@ -1,5 +1,6 @@
 """Drafting changes how fast a text is written, never the text."""
 
+import time
 from itertools import product
 
 import pytest
@@ -15,6 +16,7 @@ from support import (
     finish,
     prompts,
     request_for,
+    tiny,
 )
 from transformers import (
     LogitsProcessorList,
@@ -30,7 +32,10 @@ from transformers import (
 
 from lazyahead.config import Lookahead
 from lazyahead.draft.factory import drafter_for
+from lazyahead.draft.learned_cost import CPU_BFLOAT16, LearnedRowCost
+from lazyahead.engine.engine import Engine
 from lazyahead.hf.processors import picker_for
+from lazyahead.hf.runner import Runner
 from lazyahead.sampling import Picker, Sampling
 
 TEXTS = prompts(40, 33)
@@ -242,3 +247,17 @@ def test_drafts_that_are_right_never_take_more_passes_than_none(name):
         )
         assert right.answer == bare.answer
         assert right.stats().num_steps <= bare.stats().num_steps
+
+
+def test_time_that_goes_to_other_processes_is_no_cost_of_rows():
+    learned = LearnedRowCost(CPU_BFLOAT16)
+    engine = Engine(Runner(*tiny("llama")), None, Lookahead(), row_cost=learned)
+    run = engine.runner.run
+
+    def interrupted(segments, on_layer=None):
+        time.sleep(0.3)
+        return run(segments, on_layer)
+
+    engine.runner.run = interrupted
+    finish(engine, [request_for(engine, TEXTS[0], 4)])
+    assert learned.curve(len(TEXTS[0])).seconds(1) < 0.3

@@ -46,6 +46,13 @@ def user(content):
 # --- models and settings --------------------------------------------------------------------------
 
 
+def test_where_branches_are_dear_one_is_drafted_unless_more_are_asked_for():
+    model = tiny("llama:bfloat16")[0]
+    modes = [None, "hierarchical", "single"]
+    engines = [LLM(model, prefill=None, decode=Lookahead(mode=mode)).engine for mode in modes]
+    assert [engine.drafter.mode for engine in engines] == ["single", "hierarchical", "single"]
+
+
 def test_settings_may_be_given_by_name(tmp_path):
     model = tiny("llama")[0]
     named = LLM(model, prefill="balanced", decode="lookahead")

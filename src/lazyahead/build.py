@@ -4,6 +4,7 @@ runs it."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from lazyahead.hf.plain_runner import PlainRunner
 from lazyahead.hf.probe import examine
 from lazyahead.hf.ranks import num_ranks
 from lazyahead.hf.runner import Runner
+from lazyahead.hf.steady import fewest_rows
 
 
 def engine_for(
@@ -58,6 +60,9 @@ def engine_for(
     runner.pack(packed)
     owner = partial(owner_of, model, tokenizer)
     vocab_size = model.get_input_embeddings().weight.shape[0]
+    if isinstance(decode, Lookahead) and decode.mode is None:
+        branches_are_dear = fewest_rows(model.device, model.dtype) > 1
+        decode = replace(decode, mode="single" if branches_are_dear else "hierarchical")
     strategy = strategy_for(decode, owner, vocab_size)
     return make(
         runner,

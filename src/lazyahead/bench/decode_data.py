@@ -7,7 +7,7 @@ that rotates, once a round; speeds are those of all prompts and rounds together.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from lazyahead.bench.data.encode import encode_sample
@@ -69,14 +69,14 @@ def measure_decode_data(
     work: Mapping[str, Sequence[Sample]],
     *,
     length: int,
-    max_new_tokens: int,
+    sampling: Sampling,
     runs: int = 1,
     progress: Report = silent,
 ) -> list[DecodeDataRow]:
     """One row for each category and one for `all`.
 
     `llm` brings the model, how it reads, and how it looks ahead. Prompts lose their middle beyond
-    `length` tokens; answers end at the task's length or at `max_new_tokens`.
+    `length` tokens; answers are picked by `sampling` and end at the task's length or at its own.
     """
     ahead = _with(llm, llm.decode or Lookahead())
     plain = _with(llm, None)
@@ -87,7 +87,7 @@ def measure_decode_data(
             for name, samples in work.items():
                 for number, sample in enumerate(samples):
                     progress(f"{name} {number + 1}/{len(samples)}", done / total)
-                    sides = _sides(llm, ahead, plain, sample, max_new_tokens)
+                    sides = _sides(llm, ahead, plain, sample, sampling)
                     token_ids = encode_sample(llm.tokenizer, sample, length).token_ids
                     if not done:
                         _turn(sides, token_ids, 0, meter)  # warm-up, not counted
@@ -101,10 +101,9 @@ def _with(llm: LLM, decode: Lookahead | Drafter | None) -> LLM:
     return LLM(llm.model, tokenizer=llm.tokenizer, prefill=llm.prefill, decode=decode)
 
 
-def _sides(
-    llm: LLM, ahead: LLM, plain: LLM, sample: Sample, max_new_tokens: int
-) -> dict[str, Side]:
-    sampling = Sampling(max_new_tokens=min(sample.max_new_tokens, max_new_tokens))
+def _sides(llm: LLM, ahead: LLM, plain: LLM, sample: Sample, sampling: Sampling) -> dict[str, Side]:
+    longest = min(sample.max_new_tokens, sampling.max_new_tokens)
+    sampling = replace(sampling, max_new_tokens=longest)
     return {
         "plain": ours(plain, sampling),
         "lookahead": ours(ahead, sampling),

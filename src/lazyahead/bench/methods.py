@@ -4,17 +4,22 @@ at the same cost."""
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lazyahead.config import LazyPrefill, Lookahead
-from lazyahead.errors import UnsupportedModelError
+from lazyahead.errors import ConfigError, UnsupportedModelError
 from lazyahead.hf.probe import examine
 from lazyahead.llm import LLM
 from lazyahead.prefill.cost import ModelCost, ideal_speedup, kept_counts, prefill_flops
+from lazyahead.sampling import Sampling
+from lazyahead.text import Prompt
 
 REFERENCE = "balanced"
 """The preset whose cost the baselines share, where it is measured."""
+BASELINES = ("random_drop", "static_prune")
+_HALVINGS = 5
+"""Keep ratios that are timed to find one that takes as long as another strategy."""
 
 
 @dataclass(frozen=True)
@@ -140,3 +145,48 @@ def second_turn_methods(
 def _static(rules: dict[str, LazyPrefill], cost: Cost) -> Method:
     name = reference(list(rules))
     return Method("static_prune", name, cost.static_prune(rules[name]))
+
+
+def methods_at_equal_seconds(
+    llm: LLM, rules: Mapping[str, LazyPrefill], prompt: Prompt
+) -> list[Method]:
+    """The lazy strategies by the names of their presets; where a baseline is among them, it keeps
+    what takes as long as the reference preset on this prompt.
+
+    Raises ConfigError for baselines without a preset to compare them with.
+    """
+    lazy = [Method("lazy", name, rule) for name, rule in rules.items() if name not in BASELINES]
+    baselines = {name: rule for name, rule in rules.items() if name in BASELINES}
+    if baselines and not lazy:
+        raise ConfigError(
+            f"{next(iter(baselines))} is measured in the time of another preset; "
+            "add --prefill balanced"
+        )
+    name = reference([method.prefill for method in lazy]) if baselines else ""
+    return [
+        *lazy,
+        *(
+            Method(kind, name, _at_equal_seconds(llm, rule, rules[name], prompt))
+            for kind, rule in baselines.items()
+        ),
+    ]
+
+
+def _at_equal_seconds(
+    llm: LLM, rule: LazyPrefill, other: LazyPrefill, prompt: Prompt
+) -> LazyPrefill:
+    """`rule`, of one boundary, with the keep ratio whose first token takes as long as `other`'s;
+    found by halving, each try timed beside `other`."""
+    ((depth, _),), low, high = rule.schedule, 0.0, 1.0
+    for _ in range(_HALVINGS):
+        ratio = (low + high) / 2
+        rule = replace(rule, schedule=((depth, ratio),), min_tokens=other.min_tokens)
+        ours, theirs = (_ttft_s(llm, one, prompt) for one in (rule, other))
+        low, high = (ratio, high) if ours < theirs else (low, ratio)
+    return rule
+
+
+def _ttft_s(llm: LLM, rule: LazyPrefill, prompt: Prompt) -> float:
+    """Time to the first token, in seconds."""
+    *_, last = Method("lazy", "", rule).on(llm).stream(prompt, sampling=Sampling(max_new_tokens=1))
+    return last.stats.ttft_s

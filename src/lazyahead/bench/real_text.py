@@ -9,7 +9,7 @@ full reading's own greedy answer: how much of it comes before the first token th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from statistics import fmean, median
 
@@ -20,7 +20,7 @@ from lazyahead.bench.data.longbench import CATEGORIES
 from lazyahead.bench.data.metrics import score
 from lazyahead.bench.data.sample import Sample
 from lazyahead.bench.kept import Likelihood, kept_interval, measure_likelihood
-from lazyahead.bench.methods import FULL, Method
+from lazyahead.bench.methods import FULL, Cost, Method
 from lazyahead.errors import RequestError
 from lazyahead.llm import LLM
 from lazyahead.report import Report, silent
@@ -67,6 +67,8 @@ class RealTextRow:
     same round."""
     num_timed: int
     """Those samples."""
+    ideal_speedup: float
+    """FLOPs of the full prefill over this one's, median."""
     prompt_tokens_computed: float
     """Mean over layers and samples, fraction, revived tokens included."""
     prompt_tokens: float
@@ -132,8 +134,9 @@ def measure_real_text(
             done += 1
     everything = [reading for category in readings.values() for reading in category]
     groups = {**readings, ALL: everything}
+    cost = Cost.of(llm, length)
     return [
-        _row(name, method, index, group, seed)
+        _row(name, method, index, group, cost, seed)
         for name, group in groups.items()
         for index, method in enumerate(methods)
     ]
@@ -201,7 +204,12 @@ def _read(
 
 
 def _row(
-    category: str, method: Method, index: int, readings: Sequence[_Reading], seed: int
+    category: str,
+    method: Method,
+    index: int,
+    readings: Sequence[_Reading],
+    cost: Cost,
+    seed: int,
 ) -> RealTextRow:
     found = mean_interval([one.scores[index] for one in readings], seed)
     full_score = fmean(one.scores[0] for one in readings)
@@ -232,6 +240,9 @@ def _row(
         ttft_s=median(one.ttft_s for one in stats),
         ttft_speedup=median(timed) if timed else None,
         num_timed=len(timed),
+        ideal_speedup=median(
+            replace(cost, num_tokens=one.prompt_tokens).ideal_speedup(method.rule) for one in stats
+        ),
         prompt_tokens_computed=fmean(one.prompt_tokens_computed for one in stats),
         prompt_tokens=fmean(one.prompt_tokens for one in stats),
         answer_tokens=fmean(one.answer_tokens for one in stats),

@@ -72,9 +72,14 @@ def bench_decode(
     prefill: Annotated[
         str, typer.Option(help="Of our sides: off, a preset, or a profile (.toml).")
     ] = "off",
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="With --data: 0 picks the likeliest token.")
+    ] = 0.0,
     dtype: options.Dtype = None,
     device: options.Device = None,
-    seed: Annotated[int, typer.Option(min=0, help="Which questions are drawn.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Which questions are drawn, or, with a temperature, tokens.")
+    ] = 0,
     runs: options.Runs = 3,
     json: options.Json = False,
 ) -> None:
@@ -95,10 +100,14 @@ def bench_decode(
             num_samples=answers,
             length=length,
             max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
             runs=runs,
             json=json,
         )
         return
+    if temperature:
+        raise ConfigError(f"--temperature {temperature} is for --data PATH; give both")
     llm = loading.load()
     from lazyahead.bench.decode import measure_decode, measure_memory
     from lazyahead.bench.workloads import stream_of_questions

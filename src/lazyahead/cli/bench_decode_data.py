@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -28,6 +28,8 @@ def bench_decode_data(
     num_samples: int,
     length: int,
     max_new_tokens: int,
+    temperature: float,
+    seed: int,
     runs: int,
     json: bool,
 ) -> None:
@@ -37,7 +39,11 @@ def bench_decode_data(
     from lazyahead.bench.decode_data import measure_decode_data
     from lazyahead.bench.real_text import fitting_length
     from lazyahead.cli.progress import progress
+    from lazyahead.sampling import Sampling
 
+    sampling = Sampling(max_new_tokens=max_new_tokens)
+    if temperature:
+        sampling = replace(sampling, temperature=temperature, seed=seed)
     found = read_samples(path)
     for line in found.left_out:
         note(f"left out {line}")
@@ -51,17 +57,18 @@ def bench_decode_data(
             llm,
             work,
             length=length,
-            max_new_tokens=max_new_tokens,
+            sampling=sampling,
             runs=runs,
             progress=report,
         )
     if not json:
         _show(llm.name, rows, runs)
         return
-    asked = {"data": path.name, "n": num_samples, "length": length}
+    asked: dict[str, Any] = {"data": path.name, "n": num_samples, "length": length}
     results = {"rows": [asdict(row) for row in rows]}
-    config = {**asked, "max_new_tokens": max_new_tokens, "left_out": list(found.left_out)}
-    print_json(record(llm, seed=None, runs=runs, results=results, **config))
+    asked |= {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    config = {**asked, "left_out": list(found.left_out)}
+    print_json(record(llm, seed=sampling.seed, runs=runs, results=results, **config))
 
 
 def _show(name: str, rows: Sequence[DecodeDataRow], runs: int) -> None:

@@ -86,7 +86,8 @@ def bench_quality(
         list[str] | None,
         typer.Option(
             help="A preset or a profile (.toml). May be given several times; left out: balanced "
-            "and fast."
+            "and fast. With --data also random_drop and static_prune, which then take as long as "
+            "balanced."
         ),
     ] = None,
     turns: Annotated[
@@ -118,7 +119,7 @@ def bench_quality(
     """Scores and speed-ups of lazy prefill, random drop and static pruning at equal cost."""
     if first is not None and turns == 1:
         raise ConfigError(f"--first {first} is for two turns; add --turns 2")
-    rules = parse_rules(prefill)
+    rules = parse_rules(prefill, may_be_baseline=data is not None)
     if data is not None:
         second_turn = {"--turns": turns if turns > 1 else None, "--first": first}
         refuse_with_data({"--heldout": heldout, "--decode": decode, **second_turn})
@@ -181,12 +182,15 @@ def parse_categories(text: str | None, turns: int = 1) -> list[str]:
     return list(CATEGORIES if turns == 1 else second_turn.CATEGORIES)
 
 
-def parse_rules(given: Sequence[str] | None) -> dict[str, LazyPrefill]:
-    """Presets and profiles by name. Raises ConfigError for one that is measured anyway."""
+def parse_rules(
+    given: Sequence[str] | None, may_be_baseline: bool = False
+) -> dict[str, LazyPrefill]:
+    """Presets and profiles by name. Raises ConfigError for one that is measured anyway, as the
+    baselines are unless they `may_be_baseline`."""
     rules = {}
     for name in given or PRESETS:
         rule = parse_prefill(name)
-        if rule is None or name in ("random_drop", "static_prune"):
+        if rule is None or (name in ("random_drop", "static_prune") and not may_be_baseline):
             raise ConfigError(
                 f"--prefill {name} is measured anyway, beside each preset; name another"
             )

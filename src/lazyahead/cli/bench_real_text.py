@@ -25,6 +25,7 @@ HEADERS = (
     "of",
     "agreement",
     "speed-up",
+    "ideal",
     "computed",
 )
 
@@ -61,8 +62,9 @@ def bench_real_text(
     json: bool,
 ) -> None:
     """Reads the samples, then loads the model, measures and prints."""
+    from lazyahead.bench.data.encode import encode_sample
     from lazyahead.bench.data.read import read_samples, take
-    from lazyahead.bench.methods import Method
+    from lazyahead.bench.methods import methods_at_equal_seconds
     from lazyahead.bench.real_text import by_category, fitting_length, measure_real_text
     from lazyahead.cli.progress import progress
 
@@ -73,8 +75,10 @@ def bench_real_text(
     llm = loading.load()
     longest = min(max_new_tokens or LONGEST_ANSWER, max(map(_tokens, work.values())))
     length = fitting_length(llm, length, longest)
-    methods = [Method("lazy", name, rule) for name, rule in rules.items()]
+    firsts = (encode_sample(llm.tokenizer, one[0], length) for one in work.values())
+    longest_prompt = max(firsts, key=lambda prompt: len(prompt.token_ids))
     with options.quiet_transformers(), progress("quality") as report:
+        methods = methods_at_equal_seconds(llm, rules, longest_prompt)
         rows = measure_real_text(
             llm,
             methods,
@@ -95,7 +99,11 @@ def bench_real_text(
         "length": length,
         "max_new_tokens": longest,
         "left_out": list(found.left_out),
-        "prefill": {name: rule.to_dict() for name, rule in rules.items()},
+        "prefill": {
+            (one.prefill if one.name == "lazy" else one.name): one.rule.to_dict()
+            for one in methods
+            if one.rule is not None
+        },
     }
     results = {"rows": [asdict(row) for row in rows]}
     print_json(record(llm, seed=seed, runs=runs, results=results, **asked))
@@ -130,13 +138,14 @@ def _lines(rows: Sequence[RealTextRow]) -> Iterator[tuple[str, ...]]:
     for row in rows:
         yield (
             f"{row.category} ({row.num})",
-            row.method if row.method == "full" else row.prefill,
+            row.prefill if row.method == "lazy" else row.method,
             _bounded(row.score, row.score_low, row.score_high),
             percent(row.relative),
             _bounded(row.kept, row.kept_low, row.kept_high),
             str(row.num_kept),
             percent(row.agreement),
             f"{row.ttft_speedup:.2f}x" if row.ttft_speedup else "–",
+            f"{row.ideal_speedup:.2f}x",
             percent(row.prompt_tokens_computed),
         )
 

@@ -23,8 +23,9 @@ class Lookahead:
     """Most draft tokens in one pass."""
     branch_length: int = 16
     """Depth of the trie: most tokens that one pass can accept, the bonus token apart."""
-    mode: Literal["hierarchical", "parallel", "single"] = "hierarchical"
-    """Branches with shared prefixes merged, side by side, or only the best one."""
+    mode: Literal["hierarchical", "parallel", "single"] | None = None
+    """Branches with shared prefixes merged, side by side, or only the best one. None: the best one
+    where several make a pass much dearer (bfloat16 on a CPU), else hierarchical."""
     memory: str | None = None
     """File that stores the token ids of answers, to draft later ones from; off unless named. Of
     prompts it holds what `memory_prompt_tokens` says."""
@@ -39,7 +40,7 @@ class Lookahead:
     leave first."""
 
     def __post_init__(self) -> None:
-        if self.mode not in ("hierarchical", "parallel", "single"):
+        if self.mode not in ("hierarchical", "parallel", "single", None):
             raise ConfigError(f"mode must be hierarchical, parallel or single, got {self.mode!r}")
         for name in ("decoding_length", "branch_length"):
             check_count(name, getattr(self, name), 1)

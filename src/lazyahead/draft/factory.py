@@ -62,12 +62,13 @@ def drafter_for(decode: Lookahead | None, owner: Callable[[], Owner] = Owner) ->
     """
     if decode is None:
         return NoDrafter()
+    mode = decode.mode or "hierarchical"
     if decode.memory is None:
-        return TrieDrafter(decode.branch_length, decode.mode, capacity_bytes=0)
+        return TrieDrafter(decode.branch_length, mode, capacity_bytes=0)
     log = open_log(decode.memory, owner(), decode.capacity_bytes)
     drafter = TrieDrafter(
         decode.branch_length,
-        decode.mode,
+        mode,
         capacity_bytes=decode.capacity_bytes,
         log=log,
         prompt_tokens=decode.memory_prompt_tokens,

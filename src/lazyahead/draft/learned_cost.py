@@ -1,6 +1,7 @@
 """What a decoding step costs by its number of rows, learned from the steps themselves.
 
-Nothing is run for it: each decoding pass is noted with its rows, its context and its seconds. The
+Nothing is run for it: each decoding pass is noted with its rows, its context and its seconds (on a
+CPU those of its own thread, so that other processes do not make rows look dear). The
 figures are kept apart by context length (below 512 tokens, then by octaves), and in each range by
 row count (exactly up to 4 rows, then two ranges an octave). From them follows a `RowCost` curve.
 

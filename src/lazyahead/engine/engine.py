@@ -20,6 +20,7 @@ from lazyahead.draft.tree import Draft
 from lazyahead.draft.verify import Walk, walk
 from lazyahead.engine.prefixes import PrefixSharing
 from lazyahead.engine.request import Request
+from lazyahead.engine.row_cost import clock_of
 from lazyahead.engine.scheduler import Scheduled, Scheduler
 from lazyahead.errors import ConfigError, RequestError
 from lazyahead.hf.plain_runner import PlainRunner
@@ -81,6 +82,7 @@ class Engine:
         self.prefixes: PrefixSharing | None = None
         if prefix_cache is not None and isinstance(runner, Runner):
             self.prefixes = PrefixSharing(prefix_cache, runner)
+        self._clock = clock_of(runner.model)
         self._scheduler = Scheduler(
             runner,
             decode,
@@ -209,11 +211,11 @@ class Engine:
         self.in_pass = ()
         batch = self._scheduler.schedule()
         self.in_pass = tuple(scheduled.request for scheduled in batch)
-        begin = time.perf_counter()
+        begin = self._clock()
         try:
             logits = self._run(batch, on_layer)
             verified = self._verify(batch, logits)
-            self._note_cost(verified, time.perf_counter() - begin)
+            self._note_cost(verified, self._clock() - begin)
             self._commit(self._accept(verified))
         except BaseException:
             for scheduled in batch:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 from weakref import WeakKeyDictionary
@@ -41,6 +43,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lazyahead"
 
 
+def clock_of(model: PreTrainedModel) -> Callable[[], float]:
+    """What passes are timed by. On a CPU the thread's own time, since other processes are no part
+    of what rows cost; between ranks the wall clock, since waiting for the others is."""
+    own = model.device.type == "cpu" and num_ranks(model) == 1
+    return time.thread_time if own else time.perf_counter
+
+
 def _key(model: PreTrainedModel) -> str:
     """Of all that changes what a row costs: the model's shape, its device and dtype, and torch."""
     config = {
@@ -57,5 +66,5 @@ def _key(model: PreTrainedModel) -> str:
     ranks = num_ranks(model)
     if ranks > 1:
         hardware += f"-tp{ranks}"
-    parts = [config, str(model.dtype), hardware, torch.__version__, "learned"]
+    parts = [config, str(model.dtype), hardware, torch.__version__, "cpu time"]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]

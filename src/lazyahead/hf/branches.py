@@ -33,10 +33,15 @@ def answer_drafts(work: Work, branches: Branches, held: list[tuple[Tensor, Tenso
 
 
 def _gathered(part: Blocks, branches: Branches) -> Tensor:
-    """(blocks, H_kv * L, BLOCK, width) the last blocks of each of L paths."""
-    rows = part.wide_at(branches.slots)  # (blocks * L * BLOCK, H_kv, width)
-    by_path = rows.view(-1, branches.rows.shape[0], BLOCK, *rows.shape[1:])
-    return by_path.permute(0, 3, 1, 2, 4).flatten(1, 2)
+    """(blocks, H_kv * L, BLOCK, width) the last blocks of each of L paths: whole copies, in which
+    the few rows that lie elsewhere are put in their place."""
+    path, block, place, slot = branches.moved
+    common = part.blocks[branches.blocks][:, :, None]  # (blocks, H_kv, 1, BLOCK, width)
+    by_path = common.expand(-1, -1, branches.rows.shape[0], -1, -1).clone(
+        memory_format=torch.contiguous_format
+    )
+    by_path[block, :, path, place] = part.wide_at(slot)
+    return by_path.flatten(1, 2)
 
 
 def _on_branches(

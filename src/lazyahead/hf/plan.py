@@ -60,8 +60,11 @@ class Branches(NamedTuple):
 
     rows: Tensor
     """(L, Q) offsets among the drafts, the last one repeated as filling."""
-    slots: Tensor
-    """(L * blocks * BLOCK,), 0 as filling."""
+    blocks: slice
+    """Blocks of keys from the first one that is not the same for all paths."""
+    moved: tuple[Tensor, Tensor, Tensor, Tensor]
+    """Which rows of these blocks lie elsewhere on a path: (K,) path, block and place in it, and the
+    slot where the row stands."""
     bias: Tensor
     """(blocks, L, Q, 1, BLOCK)"""
     source: Tensor
@@ -218,6 +221,9 @@ def _branches(
         seen[index, :, : order.numel()] = visible
     seen &= behind <= depth[rows][..., None]
     bias = sight.to_bias(seen).view(len(leaves), most, 1, -1, BLOCK).movedim(3, 0).contiguous()
-    by_block = slots.view(len(leaves), -1, BLOCK).transpose(0, 1).flatten()
+    here = base + torch.arange(width)
+    paths_of, places = ((slots != here) & (slots > 0)).nonzero(as_tuple=True)
+    moved = (paths_of, places // BLOCK, places % BLOCK, slots[paths_of, places])
+    tail = slice(base // BLOCK, (base + width) // BLOCK)
     source = [place[node][0] * most + place[node][1] for node in range(num_drafts)]
-    return Branches(rows, by_block, bias, torch.tensor(source))
+    return Branches(rows, tail, moved, bias, torch.tensor(source))

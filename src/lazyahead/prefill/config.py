@@ -39,7 +39,7 @@ class LazyPrefill:
     Raises ConfigError for a setting that cannot mean anything, naming the value.
     """
 
-    schedule: Schedule = ((0.85, 0.3),)
+    schedule: Schedule = ((0.9, 0.5),)
     """(depth, keep ratio) pairs: after this fraction of the layers, at most this fraction of the
     prompt's tokens goes on; the others are stashed."""
     scorer: Scorer = field(default_factory=LastToken)
@@ -52,7 +52,7 @@ class LazyPrefill:
     """Demand: attention of one head, of a running row to a stashed token, that revives it."""
     revive_limit: int = 8
     """Demand: most tokens that one row revives at a boundary, best first."""
-    local_window: int = 512
+    local_window: int = 1024
     """Tokens that a prompt row attends to in the local layers, besides the first four of the text.
     0: every row attends to everything in every layer."""
     local_from: float = 0.34
@@ -214,7 +214,7 @@ def _check_schedule(schedule: Schedule, needs_attention: bool) -> None:
 
 PRESETS: dict[str, LazyPrefill] = {
     "balanced": LazyPrefill(),
-    "fast": LazyPrefill(((0.8, 0.1),), local_window=256),
+    "fast": LazyPrefill(((0.85, 0.2),), local_window=512),
     "paper": LazyPrefill.paper(),
     "static_prune": LazyPrefill.static_prune(),
     "random_drop": LazyPrefill.random_drop(),
