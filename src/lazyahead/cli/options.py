@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -96,6 +97,11 @@ class Loading:
     memory: Path | None = None
     namespace: str | None = None
     tp: int = 1
+
+    @property
+    def follows(self) -> bool:
+        """Whether torchrun started this process as another rank than the first."""
+        return self.tp > 1 and os.environ.get("RANK", "0") != "0"
 
     def load(self) -> LLM:
         """Loads the model; a line on stderr where it is the built-in one."""

@@ -27,6 +27,7 @@ def serve(
     model: options.Model = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    tp: options.TensorParallel = 1,
     prefill: options.Prefill = None,
     decode: Annotated[
         str | None,
@@ -107,14 +108,20 @@ def serve(
     from lazyahead.server.run import bind
     from lazyahead.server.run import serve as run
 
-    bound = bind(host, port)  # before the model, which takes its time
     engine_decode = "lookahead" if decode is None else decode
-    llm = options.Loading(model, dtype, device, prefill, engine_decode, memory).load()
+    loading = options.Loading(model, dtype, device, prefill, engine_decode, memory, None, tp)
+    if loading.follows:
+        loading.load()  # does not return
+    bound = bind(host, port)  # before the model, which takes its time
+    llm = loading.load()
     from lazyahead.server.app import create_app
 
-    app = create_app(llm, settings)
-    name = app.state.service.model_name
-    code = run(app, bound, lambda port: _greet(host, port, name, bool(settings.api_keys)))
+    try:
+        app = create_app(llm, settings)
+        name = app.state.service.model_name
+        code = run(app, bound, lambda port: _greet(host, port, name, bool(settings.api_keys)))
+    finally:
+        llm.close()
     if code:
         raise typer.Exit(code)
 

@@ -94,6 +94,31 @@ class Engine:
         self.lock = threading.RLock()
         """Held during every step, and during a whole call of `answer`."""
 
+    def with_sizes(
+        self, *, prefill_chunk_size: int, max_running: int, prefix_cache_bytes: int
+    ) -> Engine:
+        """An engine of other sizes for the same model and strategies. Where other processes run
+        the model too, they then serve that one, and this one is over."""
+        return self._another(
+            self.runner,
+            self.prefill,
+            self.decode,
+            drafter=self.drafter,
+            row_cost=self.row_cost,
+            prefill_chunk_size=prefill_chunk_size,
+            max_running=max_running,
+            prefix_cache=PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None,
+        )
+
+    def _another(self, *args: Any, **kwargs: Any) -> Engine:
+        return Engine(*args, **kwargs)
+
+    check_s: float | None = None
+    """How often to `check` while nothing runs; None: there is nothing to check."""
+
+    def check(self) -> None:
+        """Raises RankError where another process that runs the model has ended."""
+
     def new_session(self) -> Session:
         """An empty session for this engine's model and prefill strategy."""
         return self.session_for(self.prefill)

@@ -36,6 +36,7 @@ from lazyahead.parallel.messages import (
     Forgotten,
     Load,
     Pass,
+    Resized,
     Rows,
     Submitted,
     Undo,
@@ -76,6 +77,9 @@ class FollowingEngine(Engine):
         self._requests: dict[int, Request] = {}
         self._sessions: dict[int, Session] = {}
         self._rows: list[Rows] = []
+
+    def _another(self, *args: Any, **kwargs: Any) -> Engine:
+        return FollowingEngine(self._group, *args, **kwargs)
 
     def take(self, told: Submitted) -> None:
         """Submits what the leader has submitted."""
@@ -167,10 +171,17 @@ def _serve(group: Group, wanted: Load) -> None:
     make = partial(FollowingEngine, group)
     cache = PrefixCache(wanted.prefix_cache_bytes) if wanted.prefix_cache_bytes else None
     sizes = (wanted.prefill_chunk_size, wanted.packed, cache)
+    engine: Engine | None
     engine = engine_for(model, None, wanted.prefill, wanted.decode, *sizes, make)
-    assert isinstance(engine, FollowingEngine)
     if wanted.needs_owner:
         owner_of(model)
+    while engine is not None:
+        assert isinstance(engine, FollowingEngine)
+        engine = _run(group, engine)
+
+
+def _run(group: Group, engine: FollowingEngine) -> Engine | None:
+    """Runs an engine until the model is unloaded, or another takes its place, which it returns."""
     with engine:
         while True:
             match group.hear():
@@ -184,8 +195,10 @@ def _serve(group: Group, wanted: Load) -> None:
                     engine.forget(sessions)
                 case Pass(rows, paused):
                     engine.join(rows, paused)
+                case Resized() as sizes:
+                    return engine.with_sizes(**sizes._asdict())
                 case Unload():
-                    return
+                    return None
                 case message:
                     raise RankError(f"rank {group.rank} cannot do {message!r} now")
 

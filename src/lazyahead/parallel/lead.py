@@ -23,6 +23,7 @@ from lazyahead.parallel.messages import (
     Forgotten,
     Kept,
     Pass,
+    Resized,
     Rows,
     Submitted,
     Undo,
@@ -42,6 +43,25 @@ class LeadingEngine(Engine):
         self._forgotten: deque[int] = deque()
         self._may_undo = False
         self._is_in_pass = False
+
+    def with_sizes(
+        self, *, prefill_chunk_size: int, max_running: int, prefix_cache_bytes: int
+    ) -> Engine:
+        with self.lock:
+            self._group.tell(Resized(prefill_chunk_size, max_running, prefix_cache_bytes))
+            return super().with_sizes(
+                prefill_chunk_size=prefill_chunk_size,
+                max_running=max_running,
+                prefix_cache_bytes=prefix_cache_bytes,
+            )
+
+    def _another(self, *args: Any, **kwargs: Any) -> Engine:
+        return LeadingEngine(self._group, *args, **kwargs)
+
+    check_s = 1.0
+
+    def check(self) -> None:
+        self._group.check()
 
     def submit(self, request: Request) -> None:
         with self.lock:

@@ -23,6 +23,14 @@ class Load(NamedTuple):
     prefix_cache_bytes: int
 
 
+class Resized(NamedTuple):
+    """An engine of other sizes takes the place of the one before."""
+
+    prefill_chunk_size: int
+    max_running: int
+    prefix_cache_bytes: int
+
+
 class Submitted(NamedTuple):
     """A request, on a session of which the first `num_kept` tokens stay."""
 
@@ -103,4 +111,6 @@ class End(NamedTuple):
     """The group ends."""
 
 
-Message = Load | Submitted | Added | Cancelled | Forgotten | Pass | Commit | Undo | Unload | End
+Message = (
+    Load | Resized | Submitted | Added | Cancelled | Forgotten | Pass | Commit | Undo | Unload | End
+)

@@ -15,11 +15,9 @@ from typing import Any, TypeVar
 from starlette.requests import Request as HTTPRequest
 
 from lazyahead.answer import Answer, Setting, check, resume
-from lazyahead.cache.prefix import PrefixCache
 from lazyahead.cache.session import Session
 from lazyahead.config import PRESETS, LazyPrefill
 from lazyahead.documents import DocumentStore
-from lazyahead.engine.engine import Engine
 from lazyahead.engine.worker import Worker
 from lazyahead.hf.plain_tensors import plain_tensors
 from lazyahead.llm import LLM
@@ -59,16 +57,10 @@ class Service:
         self.drafts = drafts and llm.engine.decode is not None
         self.model_name = settings.model_name or _short(llm.name)
         self.started = int(time.time())
-        own = llm.engine
-        self.engine = Engine(
-            own.runner,
-            own.prefill,
-            own.decode,
-            drafter=own.drafter,
-            row_cost=own.row_cost,
+        self.engine = llm.engine.with_sizes(
             prefill_chunk_size=settings.prefill_chunk_size,
             max_running=settings.max_running,
-            prefix_cache=PrefixCache(settings.cache_bytes) if settings.cache_bytes else None,
+            prefix_cache_bytes=settings.cache_bytes,
         )
         self.documents: DocumentStore | None = None
         if settings.documents is not None:
