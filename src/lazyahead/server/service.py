@@ -53,6 +53,8 @@ class Service:
     def __init__(self, llm: LLM, settings: Settings, *, drafts: bool = True) -> None:
         """`drafts`: whether requests are drafted that do not say."""
         self.llm = llm
+        self.replica = ""
+        """Its name among others; what it keeps carries it, so that a router finds it again."""
         self.settings = settings
         self.drafts = drafts and llm.engine.decode is not None
         self.model_name = settings.model_name or _short(llm.name)
