@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lazyahead.server.admission import Admission
 from lazyahead.server.call import Call
-from lazyahead.server.errors import ApiError, as_api_error, timed_out
+from lazyahead.server.errors import ApiError, as_api_error, shutting_down, timed_out
 from lazyahead.server.fleet_metrics import together
 from lazyahead.server.gate import GENERATES, Gate
 from lazyahead.server.metrics import Metrics
@@ -27,6 +27,7 @@ Ask = Callable[[Call], AsyncGenerator[Message]]
 """Hands a call to a replica; yields what its app sends. Raises ReplicaLostError, ApiError."""
 Collect = Callable[[], Awaitable[Mapping[str, bytes]]]
 """The metrics of each replica, in Prometheus's text format."""
+_GRACE_S = 5.0  # for last events to be sent
 PLAIN_TIMEOUT_S = 30.0
 """How long a request that generates nothing waits for a replica."""
 
@@ -44,10 +45,18 @@ class Fronting:
         name = settings.model_name or ""
         self.metrics = Metrics(name, lambda: self.admission.num_taken, lambda: 0)
         self.is_draining = False
+        self.ended = asyncio.Event()
+        """Answers that still run end."""
 
     async def drain(self, seconds: float) -> None:
-        """Takes nothing new; returns when nothing runs any more, or after so long."""
+        """Takes nothing new, and lets answers go on for so long; what then still runs ends."""
         self.is_draining = True
+        await self._wait(seconds)
+        self.ended.set()
+        await self._wait(_GRACE_S)
+
+    async def _wait(self, seconds: float) -> None:
+        """Until nothing runs, or for so long."""
         for _ in range(round(10 * seconds)):
             if not self.admission.num_taken:
                 break
@@ -68,6 +77,25 @@ def front_app(fronting: Fronting, ask: Ask, collect: Collect) -> ASGIApp:
     return app
 
 
+def unnamed(app: ASGIApp) -> ASGIApp:
+    """Leaves the request's name out of answers, for a proxy that adds it."""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_unnamed(message: Message) -> None:
+            await send(_unnamed(message))
+
+        await app(scope, receive, send_unnamed)
+
+    return call
+
+
+def _unnamed(message: Message) -> Message:
+    if message["type"] != "http.response.start":
+        return message
+    headers = [pair for pair in message.get("headers", []) if pair[0] != b"x-request-id"]
+    return {**message, "headers": headers}
+
+
 class Front:
     """Nothing is sent before a replica has begun to answer, so that what it refuses is refused with
     its own status. A replica that is lost before it has sent anything of an answer is replaced by
@@ -85,25 +113,31 @@ class Front:
                 await (await self._metrics())(scope, receive, send)
                 return
             if scope["path"] == "/ready" and self._fronting.is_draining:
-                raise ApiError(503, "the server is shutting down", code="shutting_down")
+                raise shutting_down()
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
         body = (await receive())["body"] if scope["method"] == "POST" else b""
-        passing = asyncio.create_task(self._pass(Call.of(scope, body), send))
-        leaving = asyncio.create_task(until_disconnect(receive))
-        try:
-            await asyncio.wait({passing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if passing.done():
-                passing.result()
-        finally:
-            for task in (passing, leaving):
-                task.cancel()
-            await asyncio.gather(passing, leaving, return_exceptions=True)
-
-    async def _pass(self, call: Call, send: Send) -> None:
-        """The answer, from its first message to its last, whatever happens."""
+        call = Call.of(scope, body)
         reply = _Reply(call, send)
+        passing = asyncio.create_task(self._pass(call, reply))
+        leaving = asyncio.create_task(until_disconnect(receive))
+        ending = asyncio.create_task(self._fronting.ended.wait())
+        tasks = (passing, leaving, ending)
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            is_cut = ending.done() and not passing.done()
+        finally:
+            for task in tasks:
+                task.cancel()
+            passed, *_ = await asyncio.gather(*tasks, return_exceptions=True)
+        if is_cut:
+            await reply.fail(shutting_down())
+        elif isinstance(passed, Exception):
+            raise passed
+
+    async def _pass(self, call: Call, reply: _Reply) -> None:
+        """The answer, from its first message to its last, whatever happens."""
         try:
             try:
                 await self._once(call, reply)
@@ -154,9 +188,10 @@ class _Reply:
                 raise ReplicaLostError
             return
         self._has_begun = True
-        headers = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
-        self._is_stream = (b"content-type", b"text/event-stream; charset=utf-8") in headers
-        await self._send({**message, "headers": headers})
+        head = _unnamed(message)  # the gate names it
+        kinds = [value for name, value in head["headers"] if name == b"content-type"]
+        self._is_stream = any(kind.startswith(b"text/event-stream") for kind in kinds)
+        await self._send(head)
 
     async def fail(self, error: ApiError) -> None:
         """Ends the answer with an error: as a response, or as a stream's last event."""
@@ -164,10 +199,10 @@ class _Reply:
             await error.response()(self._call.scope, _nothing, self._send)
             return
         if not self._is_stream:
-            raise error  # the length is already told
+            raise RuntimeError(error.message)  # the length is already told
         event = last_event(error)
         if self._call.scope["path"] == "/v1/responses":
-            event = data({"type": "error", **error.body["error"]}, event="error")
+            event = data({**error.body["error"], "type": "error"}, event="error")
         await self._send({"type": "http.response.body", "body": event, "more_body": False})
 
 

@@ -26,7 +26,7 @@ from lazyahead.server.affinity import LOAD_FACTOR
 from lazyahead.server.app import create_app
 from lazyahead.server.call import Call, answer
 from lazyahead.server.errors import ApiError, busy
-from lazyahead.server.front import Fronting, ReplicaLostError, front_app
+from lazyahead.server.front import Fronting, ReplicaLostError, front_app, unnamed
 from lazyahead.server.prefix_router import PrefixRouter
 from lazyahead.server.settings import Settings
 
@@ -126,7 +126,7 @@ class FrontDeployment:
         self._fronting = Fronting(options.settings)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return front_app(self._fronting, self._ask, self._collect)
+        return unnamed(front_app(self._fronting, self._ask, self._collect))
 
     async def drain(self, seconds: float) -> None:
         """Before an end: takes nothing new, and waits for what runs."""
