@@ -85,6 +85,26 @@ def test_a_rank_that_dies_ends_an_idle_server(folder: Path, group: Group) -> Non
     llm.close()
 
 
+def test_a_signal_to_all_lets_the_leader_end_them(folder: Path) -> None:
+    arguments = ["serve", "--model", str(folder), "--tp", "2", "--port", "0", "--prefill", "off"]
+    server = subprocess.Popen(
+        [*tiny.COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert server.stdout is not None
+        server.stdout.readline()
+        os.killpg(server.pid, signal.SIGTERM)
+        _, said = server.communicate(timeout=60)
+    finally:
+        server.kill()
+    assert server.returncode == 0
+    assert "Traceback" not in said
+
+
 def test_the_command_ends_with_an_error_when_a_rank_dies_in_mid_answer(folder: Path) -> None:
     arguments = ["serve", "--model", str(folder), "--tp", "2", "--port", "0", "--prefill", "off"]
     server = subprocess.Popen(

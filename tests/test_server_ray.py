@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,12 @@ import tiny
 from serving import wait_for
 
 from lazyahead import LLM, Sampling
+from lazyahead.cli import run
 
-pytest.importorskip("ray", reason="needs the extra lazyahead[ray]")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of pydantic, about Ray's own models
+    pytest.importorskip("ray.serve", reason="needs the extra lazyahead[ray]")
+    from lazyahead.server.ray import RayOptions, app
 
 PLACES = 3
 """Answers that a replica takes, running or queued."""
@@ -214,3 +219,48 @@ def test_a_killed_replica_ends_its_own_answers_only(fleet: Fleet) -> None:
     assert json.loads(doomed.events[-2])["error"]["code"] == "replica_lost"
     assert json.loads(safe.events[-2])["choices"][0]["finish_reason"] == "length"
     assert doomed.events[-1] == safe.events[-1] == "[DONE]"
+
+
+def test_the_application_is_what_was_asked_for() -> None:
+    options = RayOptions.model_validate(
+        {"replicas": "2", "max_replicas": 5, "settings": {"max_running": 3, "api_keys": ["key"]}}
+    )
+    assert options.settings.api_keys == ("key",)
+    front = app(options)._bound_deployment
+    replica = front.init_args[0]._bound_deployment
+    scale = replica._deployment_config.autoscaling_config
+    assert (scale.min_replicas, scale.max_replicas) == (2, 5)
+    assert scale.target_ongoing_requests == 3
+    assert replica.max_queued_requests == options.settings.max_connections
+    assert app(RayOptions(replicas=3))._bound_deployment.name == "front"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"replicas": 0}, "replicas"),
+        ({"replicas": 3, "max_replicas": 2}, "max_replicas 2 is less than replicas 3"),
+        ({"load_factor": 0.5}, "load_factor"),
+        ({"settings": {"max_runing": 3}}, "max_runing"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        RayOptions.model_validate(given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--replicas", "2"], "go with --ray"),
+        (["--ray", "--tp", "2"], "cannot be combined"),
+        (["--ray", "--replicas", "3", "--max-replicas", "2"], "is less than --replicas 3"),
+        (["--ray", "--prefill", "odd"], "odd"),
+    ],
+)
+def test_the_command_refuses_what_does_not_go_together(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["serve", *arguments]) == 2
+    assert said in capsys.readouterr().err

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import threading
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -154,7 +155,11 @@ class FollowingEngine(Engine):
 
 
 def follow(group: Group) -> None:
-    """Does what the leader says, until the group ends."""
+    """Does what the leader says, until the group ends. Signals are for the leader, which may have
+    answers to finish."""
+    if threading.current_thread() is threading.main_thread():
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, signal.SIG_IGN)
     with plain_tensors():
         while True:
             message = group.hear()
@@ -204,8 +209,7 @@ def _run(group: Group, engine: FollowingEngine) -> Engine | None:
 
 
 def main() -> None:
-    """Follows the process that started this one. Ctrl-C is for the leader."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Follows the process that started this one."""
     disable_progress_bar()
     try:
         group = Group.follow()
