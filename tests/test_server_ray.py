@@ -21,7 +21,8 @@ import tiny
 from serving import wait_for
 
 from lazyahead import LLM, Sampling
-from lazyahead.cli import run
+from lazyahead.cli import run, serve
+from lazyahead.server.settings import KEY_VARIABLE
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of pydantic, about Ray's own models
@@ -233,6 +234,13 @@ def test_the_application_is_what_was_asked_for() -> None:
     assert scale.target_ongoing_requests == 3
     assert replica.max_queued_requests == options.settings.max_connections
     assert app(RayOptions(replicas=3))._bound_deployment.name == "front"
+
+
+def test_a_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "key")
+    _, options = app(RayOptions())._bound_deployment.init_args
+    assert options.settings.api_keys == ("key",)
+    assert KEY_VARIABLE == serve.KEY_VARIABLE
 
 
 @pytest.mark.parametrize(

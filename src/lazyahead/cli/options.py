@@ -115,7 +115,7 @@ class Loading:
             "device": self.device,
             "prefill": self.prefill and _whole_path(self.prefill),
             "decode": self.decode,
-            "memory": self.memory and str(self.memory.absolute()),
+            "memory": str(self.memory.absolute()) if self.memory is not None else None,
         }
         return {name: value for name, value in values.items() if value is not None}
 

@@ -6,6 +6,7 @@ serve run lazyahead.server.ray:app model=FOLDER replicas=2        # or `lazyahea
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -28,7 +29,7 @@ from lazyahead.server.call import Call, answer
 from lazyahead.server.errors import ApiError, busy
 from lazyahead.server.front import Fronting, ReplicaLostError, front_app, unnamed
 from lazyahead.server.prefix_router import PrefixRouter
-from lazyahead.server.settings import Settings
+from lazyahead.server.settings import KEY_VARIABLE, Settings
 
 HEALTH_PERIOD_S = 5.0
 _GRACE_S = 5.0  # beyond `drain_s`, for last events to be sent
@@ -49,19 +50,19 @@ class RayOptions(BaseModel):
     decode: str = "lookahead"
     memory: str | None = None
     """File that keeps answers, on one machine."""
-    replicas: int = Field(1, ge=1)
+    replicas: int = Field(default=1, ge=1)
     max_replicas: int | None = None
     """Above `replicas`: so many may be started while there is work for them."""
-    target_ongoing_requests: float | None = Field(None, gt=0)
+    target_ongoing_requests: float | None = Field(default=None, gt=0)
     """Requests that a replica should have when their number is not fixed; None: as many as run in
     one pass."""
-    cpus: float = Field(1.0, ge=0)
+    cpus: float = Field(default=1.0, ge=0)
     """Cores of a replica."""
-    gpus: float | None = Field(None, ge=0)
+    gpus: float | None = Field(default=None, ge=0)
     """GPUs of a replica; None: one where the model runs on one."""
     affinity: bool = True
     """Whether a document's questions go where it was read; else to the least busy replica."""
-    load_factor: float = Field(LOAD_FACTOR, ge=1)
+    load_factor: float = Field(default=LOAD_FACTOR, ge=1)
     settings: Settings = Settings()
 
     @model_validator(mode="after")
@@ -161,6 +162,10 @@ class FrontDeployment:
 def app(options: RayOptions) -> serve.Application:
     """The application, for `serve run lazyahead.server.ray:app` and for `serve.run`."""
     settings = options.settings
+    key = os.environ.get(KEY_VARIABLE)
+    if key and not settings.api_keys:
+        settings = replace(settings, api_keys=(key,))
+        options = options.model_copy(update={"settings": settings})
     places = settings.max_running + settings.max_queue
     scale: dict[str, Any] = {"num_replicas": options.replicas}
     if options.max_replicas is not None and options.max_replicas > options.replicas:
