@@ -27,6 +27,7 @@ import httpx
 import psutil
 from scale_simulation import ANSWER_TOKENS, Costs, Fleet, Setting
 
+from lazyahead import LLM
 from lazyahead.server.ray import RayOptions
 from lazyahead.server.ray_run import cluster, deploy
 from lazyahead.server.settings import Settings
@@ -69,11 +70,12 @@ class Server:
 
 
 @contextmanager
-def fleet(case: Case, model: str | None, document_bytes: float) -> Iterator[Server]:
-    """Plain reading and decoding, one core a replica."""
-    room = int((case.cached_documents + 0.6) * document_bytes)
+def fleet(case: Case, model: str | None, dtype: str, each: int) -> Iterator[Server]:
+    """Plain reading and decoding, one core a replica. `each`: bytes of a document."""
+    room = int((case.cached_documents + 0.6) * each)
     options = RayOptions(
         model=model,
+        dtype=dtype,
         prefill="off",
         decode="off",
         replicas=case.replicas,
@@ -83,6 +85,14 @@ def fleet(case: Case, model: str | None, document_bytes: float) -> Iterator[Serv
     with cluster(options, num_cpus=2):
         deploy(options, "127.0.0.1", PORT)
         yield Server(f"http://127.0.0.1:{PORT}")
+
+
+def document_bytes(model: str | None, dtype: str) -> int:
+    """What the prefix cache takes for one document."""
+    llm = LLM(model, dtype=dtype, prefill=None, prefix_cache_bytes=1 << 40)
+    llm.read_ahead(tokens(random.Random(0), LENGTH))
+    assert llm.engine.prefixes is not None
+    return llm.engine.prefixes.cache.nbytes
 
 
 def cpu_s(kind: str) -> float:
@@ -192,11 +202,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     costs = json.loads(given.costs.read_text(encoding="utf-8"))
-    (point,) = [point for point in costs["full"] if point["length"] == LENGTH]
+    each = document_bytes(given.model, costs["dtype"])
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {"costs": costs, "rate": given.rate, "rows": rows}
     for case in CASES:
-        with fleet(case, given.model, point["session_bytes"]) as server:
+        with fleet(case, given.model, costs["dtype"], each) as server:
             measured = measure(case, server, given.rate)
             if case == CASES[-1]:
                 result["overhead"] = overhead(server)
