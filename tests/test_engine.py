@@ -237,7 +237,7 @@ def test_stepping_with_nothing_to_do_does_nothing():
 
 
 def test_bounds_below_one_are_refused_by_name():
-    with pytest.raises(ConfigError, match="prefill_chunk_size 0"):
+    with pytest.raises(ConfigError, match="prefill_chunk_size must be"):
         Engine(Runner(*tiny("llama")), None, None, prefill_chunk_size=0)
 
 
@@ -265,3 +265,34 @@ def test_every_number_of_a_request_is_counted():
     assert torch.tensor(stats.kept_by_layer).sum() / 160 == pytest.approx(
         stats.prompt_tokens_computed
     )
+
+
+def test_a_prompt_joins_before_a_long_one_has_been_read() -> None:
+    family, (long, short) = "llama", prompts(90, 10)
+    alone = [answer(family, text, LAZY).answer for text in (long, short)]
+    engine = Engine(Runner(*tiny(family)), LAZY, None, max_prefill_rows=16)
+    first, second = request_for(engine, long), request_for(engine, short)
+    with engine:
+        engine.submit(first)
+        engine.step()
+        assert len(first.session) == 16
+        engine.submit(second)
+        engine.step()
+        assert (second.num_emitted, first.num_emitted) == (1, 0)
+        while not engine.is_idle:
+            engine.step()
+    assert [first.answer, second.answer] == alone
+
+
+def test_short_prompts_that_keep_coming_do_not_stop_a_long_one() -> None:
+    (long,) = prompts(90)
+    engine = Engine(Runner(*tiny("llama")), None, None, max_prefill_rows=16)
+    first = request_for(engine, long)
+    with engine:
+        engine.submit(first)
+        num_steps = 0
+        while first.num_emitted == 0:
+            engine.submit(request_for(engine, prompts(16, seed=num_steps)[0], 1))
+            engine.step()
+            num_steps += 1
+        assert num_steps <= 4 * 6

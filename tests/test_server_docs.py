@@ -36,7 +36,7 @@ def test_options_that_are_documented_exist_with_their_defaults():
     (command,) = [c for c in typer.main.get_command(app).commands.values() if c.name == "serve"]
     options = {name for param in command.params for name in param.opts}
     rows = [line.split("|")[1:3] for line in PAGE.splitlines() if line.startswith("| `--")]
-    assert len(rows) == 8
+    assert len(rows) == 9
     for option, default in ((a.strip(" `"), b.strip()) for a, b in rows):
         assert option in options
         value = getattr(Settings(), option.removeprefix("--").replace("-", "_"))

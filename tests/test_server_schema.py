@@ -49,7 +49,8 @@ def served(body):
 @pytest.mark.parametrize("mode", GenerationMode, ids=str)
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
 def test_every_answer_is_as_documented(server, operation, mode):
-    if not operation.body and mode == GenerationMode.NEGATIVE:
+    can_be_wrong = any(body.media_type == "application/json" for body in operation.body)
+    if not can_be_wrong and mode == GenerationMode.NEGATIVE:
         pytest.skip("nothing can be wrong with it")
 
     @settings(
@@ -62,7 +63,7 @@ def test_every_answer_is_as_documented(server, operation, mode):
     def every_answer_is_as_documented(case):
         if mode == GenerationMode.POSITIVE and isinstance(case.body, dict):
             case.body = served(case.body)
-        case.call_and_validate(base_url=server.url, checks=CHECKS)
+        case.call_and_validate(base_url=server.url, checks=CHECKS, timeout=300)
 
     every_answer_is_as_documented()
 

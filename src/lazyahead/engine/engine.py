@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lazyahead.cache.prefix import PrefixCache
 from lazyahead.cache.session import Session
+from lazyahead.checks import check_count
 from lazyahead.draft.config import Lookahead
 from lazyahead.draft.drafter import Drafter, NoDrafter
 from lazyahead.draft.learned_cost import LearnedRowCost
@@ -47,6 +48,15 @@ class Accepted(NamedTuple):
     reason: str | None
 
 
+class Sizes(NamedTuple):
+    """How much an engine takes at once, and keeps."""
+
+    prefill_chunk_size: int
+    max_running: int
+    max_prefill_rows: int | None
+    cache_bytes: int
+
+
 class Engine:
     """Runs requests on one model, many at once. `submit`, then `step` until `is_idle`, inside
     `with engine:`.
@@ -65,13 +75,13 @@ class Engine:
         row_cost: LearnedRowCost | None = None,
         prefill_chunk_size: int = 512,
         max_running: int = 64,
+        max_prefill_rows: int | None = None,
         prefix_cache: PrefixCache | None = None,
     ) -> None:
-        if prefill_chunk_size < 1 or max_running < 1:
-            raise ConfigError(
-                f"prefill_chunk_size {prefill_chunk_size} and max_running {max_running} "
-                "must be at least 1"
-            )
+        check_count("prefill_chunk_size", prefill_chunk_size, least=1)
+        check_count("max_running", max_running, least=1)
+        if max_prefill_rows is not None:
+            check_count("max_prefill_rows", max_prefill_rows, least=1)
         self.runner = runner
         self.prefill = prefill
         self.decode = decode
@@ -86,6 +96,7 @@ class Engine:
             row_cost,
             prefill_chunk_size=prefill_chunk_size,
             max_running=max_running,
+            max_prefill_rows=max_prefill_rows,
             prefixes=self.prefixes,
         )
         self._attached: list[AbstractContextManager[Any]] = []
@@ -94,9 +105,7 @@ class Engine:
         self.lock = threading.RLock()
         """Held during every step, and during a whole call of `answer`."""
 
-    def with_sizes(
-        self, *, prefill_chunk_size: int, max_running: int, prefix_cache_bytes: int
-    ) -> Engine:
+    def with_sizes(self, sizes: Sizes) -> Engine:
         """An engine of other sizes for the same model and strategies. Where other processes run
         the model too, they then serve that one, and this one is over."""
         return self._another(
@@ -105,9 +114,10 @@ class Engine:
             self.decode,
             drafter=self.drafter,
             row_cost=self.row_cost,
-            prefill_chunk_size=prefill_chunk_size,
-            max_running=max_running,
-            prefix_cache=PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None,
+            prefill_chunk_size=sizes.prefill_chunk_size,
+            max_running=sizes.max_running,
+            max_prefill_rows=sizes.max_prefill_rows,
+            prefix_cache=PrefixCache(sizes.cache_bytes) if sizes.cache_bytes else None,
         )
 
     def _another(self, *args: Any, **kwargs: Any) -> Engine:

@@ -23,6 +23,9 @@ from lazyahead.prefill.config import LazyPrefill
 from lazyahead.prefill.policy import DecodePolicy, PrefillPolicy
 from lazyahead.prefill.progress import chunk_len
 
+_OLDEST_FIRST = 4
+"""Of so many passes, one begins with the prompt that came first."""
+
 
 class Scheduled(NamedTuple):
     """The rows of one request in the next pass."""
@@ -55,7 +58,8 @@ class Scheduler:
     """Admission, prefill chunks, and the draft budget.
 
     Beside running answers a prompt is computed in chunks of `prefill_chunk_size` rows, which
-    bounds how long a pass can delay them; alone it is computed in one pass.
+    bounds how long a pass can delay them; alone it is computed in one pass, or in chunks of
+    `max_prefill_rows`, which bounds how long others wait to join.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Scheduler:
         *,
         prefill_chunk_size: int,
         max_running: int,
+        max_prefill_rows: int | None = None,
         prefixes: PrefixSharing | None = None,
     ) -> None:
         self._runner = runner
@@ -73,6 +78,8 @@ class Scheduler:
         self._decode = decode
         self._row_cost = row_cost
         self._prefill_chunk_size = prefill_chunk_size
+        self._max_prefill_rows = max_prefill_rows
+        self._num_prefills = 0
         self._max_running = max_running
         self.step: Step | None = None
         """What the drafts of the current pass are for; None: nothing is drafted."""
@@ -200,14 +207,19 @@ class Scheduler:
     # --- prefill ----------------------------------------------------------------------------
 
     def _prefill_chunks(self, has_company: bool) -> list[Scheduled]:
-        """Prompts, first come first served: whole where nobody is decoding, else in chunks."""
-        limit: int | None = None
-        if has_company and not self._runner.single_request_only:
-            limit = self._prefill_chunk_size
+        """The next rows of prompts, those with the least left first; the oldest one now and then,
+        so that it is never kept waiting by shorter ones for good."""
+        limit = self._prefill_chunk_size if has_company else self._max_prefill_rows
+        if self._runner.single_request_only:
+            limit = None
+        prompts = [
+            request for request in self._running if request.is_prefilling and not request.is_paused
+        ]
+        self._num_prefills += 1
+        if self._num_prefills % _OLDEST_FIRST:
+            prompts.sort(key=lambda request: request.prefill.end - len(request.session))
         chunks = []
-        for request in self._running:
-            if not request.is_prefilling or request.is_paused:
-                continue
+        for request in prompts:
             chunk = self._prefill_rows(request, limit)
             chunks.append(chunk)
             may_grow = chunk.has_last and request.session.num_stashed > 0

@@ -200,8 +200,8 @@ def _run(group: Group, engine: FollowingEngine) -> Engine | None:
                     engine.forget(sessions)
                 case Pass(rows, paused):
                     engine.join(rows, paused)
-                case Resized() as sizes:
-                    return engine.with_sizes(**sizes._asdict())
+                case Resized(sizes):
+                    return engine.with_sizes(sizes)
                 case Unload():
                     return None
                 case message:

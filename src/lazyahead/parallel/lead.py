@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lazyahead.cache.session import Session
-from lazyahead.engine.engine import Accepted, Engine, OnLayer, Verified
+from lazyahead.engine.engine import Accepted, Engine, OnLayer, Sizes, Verified
 from lazyahead.engine.request import Request
 from lazyahead.engine.scheduler import Scheduled
 from lazyahead.errors import RequestError
@@ -44,16 +44,10 @@ class LeadingEngine(Engine):
         self._may_undo = False
         self._is_in_pass = False
 
-    def with_sizes(
-        self, *, prefill_chunk_size: int, max_running: int, prefix_cache_bytes: int
-    ) -> Engine:
+    def with_sizes(self, sizes: Sizes) -> Engine:
         with self.lock:
-            self._group.tell(Resized(prefill_chunk_size, max_running, prefix_cache_bytes))
-            return super().with_sizes(
-                prefill_chunk_size=prefill_chunk_size,
-                max_running=max_running,
-                prefix_cache_bytes=prefix_cache_bytes,
-            )
+            self._group.tell(Resized(sizes))
+            return super().with_sizes(sizes)
 
     def _another(self, *args: Any, **kwargs: Any) -> Engine:
         return LeadingEngine(self._group, *args, **kwargs)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lazyahead.draft.config import Lookahead
+from lazyahead.engine.engine import Sizes
 from lazyahead.prefill.config import LazyPrefill
 
 
@@ -26,9 +27,7 @@ class Load(NamedTuple):
 class Resized(NamedTuple):
     """An engine of other sizes takes the place of the one before."""
 
-    prefill_chunk_size: int
-    max_running: int
-    prefix_cache_bytes: int
+    sizes: Sizes
 
 
 class Submitted(NamedTuple):

@@ -12,13 +12,16 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from lazyahead.errors import ConfigError
 from lazyahead.llm import LLM
-from lazyahead.server import chat, completions, documents, errors, info, responses
+from lazyahead.server import chat, completions, documents, errors, files, info, responses
 from lazyahead.server.docs import ERRORS
 from lazyahead.server.gate import Gate
 from lazyahead.server.service import Service
 from lazyahead.server.settings import Settings
 
-ROUTERS = (chat.router, completions.router, responses.router, documents.router, info.router)
+ROUTERS = (
+    *(chat.router, completions.router, responses.router),
+    *(documents.router, info.router, files.router),
+)
 
 
 def create_app(llm: LLM, settings: Settings | None = None, *, drafts: bool = True) -> FastAPI:

@@ -17,7 +17,7 @@ from lazyahead.server.admission import Admission
 from lazyahead.server.call import Call
 from lazyahead.server.errors import ApiError, as_api_error, shutting_down, timed_out
 from lazyahead.server.fleet_metrics import together
-from lazyahead.server.gate import GENERATES, Gate
+from lazyahead.server.gate import Gate
 from lazyahead.server.metrics import Metrics
 from lazyahead.server.replying import last_event
 from lazyahead.server.settings import Settings
@@ -28,8 +28,8 @@ Ask = Callable[[Call], AsyncGenerator[Message]]
 Collect = Callable[[], Awaitable[Mapping[str, bytes]]]
 """The metrics of each replica, in Prometheus's text format."""
 _GRACE_S = 5.0  # for last events to be sent
-PLAIN_TIMEOUT_S = 30.0
-"""How long a request that generates nothing waits for a replica."""
+GET_TIMEOUT_S = 30.0
+"""How long a request without a body waits for a replica."""
 
 
 class ReplicaLostError(Exception):
@@ -151,8 +151,8 @@ class Front:
             await reply.fail(as_api_error(error))
 
     async def _once(self, call: Call, reply: _Reply) -> None:
-        generates = call.scope["method"] == "POST" and call.scope["path"] in GENERATES
-        limit_s = self._fronting.settings.request_timeout_s if generates else PLAIN_TIMEOUT_S
+        is_post = call.scope["method"] == "POST"
+        limit_s = self._fronting.settings.request_timeout_s if is_post else GET_TIMEOUT_S
         try:
             async with asyncio.timeout(limit_s) as clock, aclosing(self._ask(call)) as messages:
                 async for message in messages:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -13,30 +12,19 @@ from starlette.responses import JSONResponse
 
 from lazyahead.server.chat import read_chat
 from lazyahead.server.errors import ApiError, shutting_down
+from lazyahead.server.page import page as made_page
 from lazyahead.server.reply import Detokenized, Model, ModelList, Tokenized, dump
 from lazyahead.server.schema import DetokenizeRequest, TokenizeRequest
 from lazyahead.server.service import Service
 from lazyahead.text.prompt import check_length
 
 router = APIRouter()
-PAGE = Path(__file__).with_name("page.html")
-PAGE_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-        "img-src data: blob:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; "
-        "form-action 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
-"""The page is one file that talks to this server only."""
 
 
 @router.get("/", include_in_schema=False)
 async def page() -> Response:
-    if PAGE.is_file():
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
-    return PlainTextResponse("lazyahead: POST /v1/chat/completions; GET /openapi.json has more\n")
+    made = made_page()
+    return HTMLResponse(made.html, headers=made.headers)
 
 
 @router.get("/health", response_class=JSONResponse)

@@ -202,6 +202,17 @@ class Detokenized(BaseModel):
     prompt: str
 
 
+class Extracted(BaseModel):
+    text: str
+    pages: int
+
+
+class Example(BaseModel):
+    name: str
+    text: str
+    questions: list[str]
+
+
 class ErrorBody(BaseModel):
     message: str
     type: str

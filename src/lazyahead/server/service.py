@@ -18,6 +18,7 @@ from lazyahead.answer import Answer, Setting, check, resume
 from lazyahead.cache.session import Session
 from lazyahead.config import PRESETS, LazyPrefill
 from lazyahead.documents import DocumentStore
+from lazyahead.engine.engine import Sizes
 from lazyahead.engine.worker import Worker
 from lazyahead.hf.plain_tensors import plain_tensors
 from lazyahead.llm import LLM
@@ -35,6 +36,7 @@ from lazyahead.text.prompt import Prompt
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 SERVERS_OWN = "default"
+READER_NAMES = ("built-in reader", "")
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,12 @@ class Service:
         self.model_name = settings.model_name or _short(llm.name)
         self.started = int(time.time())
         self.engine = llm.engine.with_sizes(
-            prefill_chunk_size=settings.prefill_chunk_size,
-            max_running=settings.max_running,
-            prefix_cache_bytes=settings.cache_bytes,
+            Sizes(
+                settings.prefill_chunk_size,
+                settings.max_running,
+                settings.max_prefill_rows,
+                settings.cache_bytes,
+            )
         )
         self.documents: DocumentStore | None = None
         if settings.documents is not None:
@@ -74,6 +79,7 @@ class Service:
         self.metrics = Metrics(
             self.model_name, lambda: self.worker.num_running, lambda: self.worker.num_waiting
         )
+        self.pdf_places = asyncio.Semaphore(settings.max_pdfs)
         self.is_draining = False
         """No request that generates is taken any more."""
         self.is_stopping = False
@@ -124,6 +130,11 @@ class Service:
         self.is_draining = self.is_stopping = True
         for answers in list(self.running):
             answers.cancel()
+
+    @property
+    def is_reader(self) -> bool:
+        """Whether the model is the built-in one."""
+        return self.llm.name in READER_NAMES
 
     # --- from a request to its answers ------------------------------------------------------
 
@@ -290,6 +301,6 @@ def tenant_name(key: str | None) -> str:
 
 def _short(name: str) -> str:
     """The last part of a path; what is none stays."""
-    if name in ("built-in reader", ""):
+    if name in READER_NAMES:
         return "lazyahead-reader"
     return Path(name).name if Path(name).exists() else name

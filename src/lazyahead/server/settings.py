@@ -21,8 +21,11 @@ _COUNTS = (
     "max_namespaces",
     "max_connections",
     "prefill_chunk_size",
+    "max_prefill_rows",
+    "max_pdf_pages",
+    "max_pdfs",
 )
-_TIMES = ("request_timeout_s", "body_timeout_s", "progress_s")
+_TIMES = ("request_timeout_s", "body_timeout_s", "progress_s", "pdf_timeout_s")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Settings:
     """Requests that may wait beyond those; further ones get 429."""
     prefill_chunk_size: int = 512
     """Rows of a prompt in a pass that others share."""
+    max_prefill_rows: int = 1024
+    """Rows of a prompt in a pass of its own: others join after it."""
     max_body_bytes: int = 16 << 20
     max_prompt_chars: int = 4_000_000
     """Characters of a prompt, counted before it is tokenised."""
@@ -62,6 +67,11 @@ class Settings:
     """From a request's body to the end of its answer."""
     body_timeout_s: float = 30.0
     """Within which a body must have arrived."""
+    max_pdf_pages: int = 2000
+    pdf_timeout_s: float = 60.0
+    """Within which a PDF must have been read."""
+    max_pdfs: int = 2
+    """PDF files that are read at the same time; further ones wait."""
     progress_s: float = 1.0
     """Between two comments that tell how far a prompt was read."""
     drain_s: float = 30.0
