@@ -139,8 +139,11 @@ def hit(usage: Mapping[str, Any]) -> bool:
     return bool(usage["prompt_tokens_details"]["cached_tokens"] > LENGTH // 2)
 
 
-def simulate(case: Case, costs: Mapping[str, Any], rate: float) -> dict[str, float]:
-    """What the simulation says of the same, mean over seeds."""
+def simulate(
+    case: Case, costs: Mapping[str, Any], rate: float, is_even: bool = False
+) -> dict[str, float]:
+    """What the simulation says of the same, mean over seeds. Which documents prefer which replica
+    is drawn, as by a hash of names; `is_even`: as many prefer each."""
     setting = Setting(
         replicas=case.replicas,
         routing=case.routing,
@@ -155,7 +158,15 @@ def simulate(case: Case, costs: Mapping[str, Any], rate: float) -> dict[str, flo
     )
     found = []
     for seed in range(SEEDS):
-        one = Fleet(replace(setting, seed=seed), Costs(costs, "full"), {})
+        split = random.Random(seed)
+        first = [split.randrange(case.replicas) for _ in range(NUM_DOCUMENTS)]
+        if is_even:
+            first = [number % case.replicas for number in range(NUM_DOCUMENTS)]
+        ranks = {
+            number: [favourite, *(set(range(case.replicas)) - {favourite})]
+            for number, favourite in enumerate(first)
+        }
+        one = Fleet(replace(setting, seed=seed), Costs(costs, "full"), ranks)
         outcome = one.run()
         counted = one.ttfts[len(one.ttfts) // 5 :]
         found.append((outcome, mean(ttft for _, ttft, _ in counted)))
@@ -215,6 +226,7 @@ def main() -> None:
                 **case._asdict(),
                 "measured": measured,
                 "simulated": simulate(case, costs, given.rate),
+                "simulated_even": simulate(case, costs, given.rate, is_even=True),
             }
         )
         print(json.dumps(rows[-1]), flush=True)

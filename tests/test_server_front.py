@@ -201,6 +201,7 @@ def test_an_end_lets_answers_go_on_and_then_says_so() -> None:
     text = b"".join(message.get("body", b"") for message in sent)
     assert b'"code": "shutting_down"' in text
     assert b"data: 2" not in text
+    told.append({"type": "http.request", "body": b"{}"})
     refused = drive(front_app(fronting, endless, no_metrics), receive)
     assert refused[0]["status"] == 503
 

@@ -4,6 +4,7 @@ replica has more than its share (see `affinity`)."""
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import Counter
 from typing import Any
 
@@ -51,7 +52,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         if self._affinity:
             names = order(call.document, loads, self._load_factor, self._places)
         else:
-            names = sorted(names, key=lambda name: loads[name])
+            names = sorted(names, key=lambda name: (loads[name], random.random()))
         return sorted(names, key=lambda name: name != call.replica)
 
     def _note(self, request: PendingRequest, name: str) -> None:

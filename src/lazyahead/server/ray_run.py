@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
-
 import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
@@ -31,13 +29,14 @@ def run(options: RayOptions, host: str, port: int, started: Callable[[int], None
     """Returns the exit code: 0 after SIGTERM, 130 after Ctrl-C. Answers may go on for `drain_s`; a
     second signal ends at once."""
     port = _free(host, port)
-    with cluster(options), _Signals() as signals:
+    with cluster(options):
         handle = deploy(options, host, port)
-        started(port)
-        signals.wait()
-        drained = handle.drain.remote(options.settings.drain_s)
-        while signals.num == 1 and not _is_over(drained):
-            pass
+        with _Signals() as signals:
+            started(port)
+            signals.wait()
+            drained = handle.drain.remote(options.settings.drain_s)
+            while signals.num == 1 and not _is_over(drained):
+                pass
     return 130 if signals.first == signal.SIGINT else 0
 
 
@@ -52,11 +51,11 @@ def _free(host: str, port: int) -> int:
 @contextmanager
 def cluster(options: RayOptions, **given: Any) -> Iterator[None]:
     """Ray, and nothing of ours afterwards. Raises ConfigError where the cluster is too small."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS", "local")
     if address == "local":
         given = {
             "include_dashboard": False,
-            "_node_ip_address": "127.0.0.1",
             "object_store_memory": 100 << 20,
             **given,
         }
