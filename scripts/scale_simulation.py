@@ -49,6 +49,8 @@ class Setting:
     """Requests a second and replica."""
     load_factor: float = LOAD_FACTOR
     seed: int = 0
+    lengths: tuple[int, ...] = LENGTHS
+    """Tokens of documents, in turn."""
 
 
 class Outcome(NamedTuple):
@@ -185,9 +187,10 @@ class Fleet:
             self._num_open -= len(replica.running) - len(left)
             replica.running = left
         if replica.queue:
+            lengths = self.setting.lengths
             came, document, number = replica.queue.popleft()
             is_kept = replica.holds(document)
-            took += self.costs.read(LENGTHS[document % len(LENGTHS)], is_kept)
+            took += self.costs.read(lengths[document % len(lengths)], is_kept)
             self.ttfts.append((number, now + took - came, is_kept))
             replica.running.append(ANSWER_TOKENS - 1)
         return took

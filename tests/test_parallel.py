@@ -203,6 +203,7 @@ def test_the_command_shares_a_model_out(folders: dict[str, Path]) -> None:
     one = LLM(folders["llama"], prefill=None)
     expected = one.generate(text, sampling=Sampling(max_new_tokens=6, temperature=0)).text
     assert done.stdout.strip() == expected.strip() != ""
+    assert "Traceback" not in done.stderr
 
 
 def test_torchrun_starts_the_ranks_as_well(folders: dict[str, Path], tmp_path: Path) -> None:

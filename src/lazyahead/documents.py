@@ -18,10 +18,12 @@ class DocumentStore:
     """A folder of documents, as one model and its prefill strategy have read them.
 
     A document of a namespace is found again by its tokens; those without one are for everybody.
-    Raises ConfigError where the folder cannot be made.
+    Raises ConfigError where the folder cannot be made, SessionFileError where sessions have no
+    files.
     """
 
     def __init__(self, llm: LLM, folder: str | Path) -> None:
+        llm.check_whole()
         self.folder = Path(folder)
         self._llm = llm
         try:

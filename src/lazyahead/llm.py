@@ -144,7 +144,7 @@ class LLM:
     def save_session(self, session: Session, path: str | Path) -> None:
         """Writes a session to a safetensors file that `load_session` takes. Raises
         SessionFileError."""
-        self._check_whole()
+        self.check_whole()
         if len(session) and not session.in_use:
             with self.engine.lock, plain_tensors():
                 session.shape_like(self._like())
@@ -153,7 +153,7 @@ class LLM:
     def load_session(self, path: str | Path) -> Session:
         """Reads a session back. Raises SessionFileError for a damaged file or one of another model
         or config."""
-        self._check_whole()
+        self.check_whole()
         with plain_tensors():
             empty = self.engine.new_session()
             return load_session(path, self.model, self.prefill, empty, self._like)
@@ -184,7 +184,8 @@ class LLM:
         one, other = (self.encode(document, asked).token_ids for asked in ("What?", "- 1"))
         return one[: shared_prefix(one, other)]
 
-    def _check_whole(self) -> None:
+    def check_whole(self) -> None:
+        """Raises SessionFileError where sessions have no files."""
         if self._lead is not None:
             raise SessionFileError(
                 f"under tp={self._lead.group.size} each rank holds a share of a session, so it "

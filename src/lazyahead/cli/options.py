@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -97,6 +98,27 @@ class Loading:
     namespace: str | None = None
     tp: int = 1
 
+    @property
+    def follows(self) -> bool:
+        """Whether torchrun started this process as another rank than the first."""
+        return self.tp > 1 and os.environ.get("RANK", "0") != "0"
+
+    def given(self) -> dict[str, str]:
+        """As plain values, for other processes: what was given, files by their whole paths. Raises
+        ConfigError for strategies that there are not."""
+        if self.prefill is not None:
+            parse_prefill(self.prefill)
+        parse_decode(self.decode, self.memory)
+        values = {
+            "model": self.model and _whole_path(self.model),
+            "dtype": self.dtype,
+            "device": self.device,
+            "prefill": self.prefill and _whole_path(self.prefill),
+            "decode": self.decode,
+            "memory": str(self.memory.absolute()) if self.memory is not None else None,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
     def load(self) -> LLM:
         """Loads the model; a line on stderr where it is the built-in one."""
         given: dict[str, Any] = {"model": self.model, "dtype": self.dtype, "device": self.device}
@@ -118,6 +140,12 @@ class Loading:
         if self.model is None:
             llm.name = BUILT_IN
         return llm
+
+
+def _whole_path(name: str) -> str:
+    """Of a file or folder that exists; any other name stays."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
 
 
 def parse_decode(

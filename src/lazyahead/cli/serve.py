@@ -27,6 +27,12 @@ def serve(
     model: options.Model = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    tp: options.TensorParallel = 1,
+    ray: Annotated[bool, typer.Option("--ray", help="Several replicas, run by Ray Serve.")] = False,
+    replicas: Annotated[int | None, typer.Option(min=1, help="With --ray: how many.")] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: how many while there is work for them.")
+    ] = None,
     prefill: options.Prefill = None,
     decode: Annotated[
         str | None,
@@ -111,19 +117,69 @@ def serve(
         log_requests=log_requests,
         log_prompts=log_prompts,
     )
+    decode = "lookahead" if decode is None else decode
+    loading = options.Loading(model, dtype, device, prefill, decode, memory, None, tp)
+    if ray:
+        code = _serve_replicas(loading, settings, host, port, replicas, max_replicas)
+    elif replicas is not None or max_replicas is not None:
+        raise ConfigError("--replicas and --max-replicas go with --ray")
+    else:
+        code = _serve_here(loading, settings, host, port)
+    if code:
+        raise typer.Exit(code)
+
+
+def _serve_here(loading: options.Loading, settings: Settings, host: str, port: int) -> int:
+    """In this process. Returns the exit code."""
     from lazyahead.server.run import bind
     from lazyahead.server.run import serve as run
 
+    if loading.follows:
+        loading.load()  # does not return
     bound = bind(host, port)  # before the model, which takes its time
-    engine_decode = "lookahead" if decode is None else decode
-    llm = options.Loading(model, dtype, device, prefill, engine_decode, memory).load()
+    llm = loading.load()
     from lazyahead.server.app import create_app
 
-    app = create_app(llm, settings)
-    name = app.state.service.model_name
-    code = run(app, bound, lambda port: _greet(host, port, name, bool(settings.api_keys)))
-    if code:
-        raise typer.Exit(code)
+    try:
+        app = create_app(llm, settings)
+        name = app.state.service.model_name
+        return run(app, bound, lambda port: _greet(host, port, name, bool(settings.api_keys)))
+    finally:
+        llm.close()
+
+
+def _serve_replicas(
+    loading: options.Loading,
+    settings: Settings,
+    host: str,
+    port: int,
+    replicas: int | None,
+    max_replicas: int | None,
+) -> int:
+    """In processes that Ray Serve starts. Returns the exit code."""
+    if loading.tp > 1:
+        raise ConfigError("--tp and --ray cannot be combined; give each replica one GPU")
+    given: dict[str, Any] = loading.given()
+    num = replicas or 1
+    if max_replicas is not None and max_replicas < num:
+        raise ConfigError(f"--max-replicas {max_replicas} is less than --replicas {num}")
+    try:
+        from lazyahead.server.ray_run import cores, run
+    except ImportError as error:
+        raise ConfigError(
+            f"--ray needs {error.name}; install it with: pip install 'lazyahead[ray]'"
+        ) from None
+    from lazyahead.server.ray import RayOptions
+
+    asked = RayOptions(
+        replicas=num,
+        max_replicas=max_replicas,
+        cpus=cores(max_replicas or num),
+        settings=settings,
+        **given,
+    )
+    name = settings.model_name or loading.model or options.BUILT_IN
+    return run(asked, host, port, lambda port: _greet(host, port, name, bool(settings.api_keys)))
 
 
 def _settings(**given: Any) -> Settings:

@@ -49,6 +49,15 @@ class Accepted(NamedTuple):
     reason: str | None
 
 
+class Sizes(NamedTuple):
+    """How much an engine takes at once, and keeps."""
+
+    prefill_chunk_size: int
+    max_running: int
+    max_prefill_rows: int | None
+    cache_bytes: int
+
+
 class Engine:
     """Runs requests on one model, many at once. `submit`, then `step` until `is_idle`, inside
     `with engine:`.
@@ -97,6 +106,30 @@ class Engine:
         """The requests of the pass that runs. After one that failed, those that have not ended."""
         self.lock = threading.RLock()
         """Held during every step, and during a whole call of `answer`."""
+
+    def with_sizes(self, sizes: Sizes) -> Engine:
+        """An engine of other sizes for the same model and strategies. Where other processes run
+        the model too, they then serve that one, and this one is over."""
+        return self._another(
+            self.runner,
+            self.prefill,
+            self.decode,
+            drafter=self.drafter,
+            row_cost=self.row_cost,
+            prefill_chunk_size=sizes.prefill_chunk_size,
+            max_running=sizes.max_running,
+            max_prefill_rows=sizes.max_prefill_rows,
+            prefix_cache=PrefixCache(sizes.cache_bytes) if sizes.cache_bytes else None,
+        )
+
+    def _another(self, *args: Any, **kwargs: Any) -> Engine:
+        return Engine(*args, **kwargs)
+
+    check_s: float | None = None
+    """How often to `check` while nothing runs; None: there is nothing to check."""
+
+    def check(self) -> None:
+        """Raises RankError where another process that runs the model has ended."""
 
     def new_session(self) -> Session:
         """An empty session for this engine's model and prefill strategy."""

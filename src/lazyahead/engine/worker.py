@@ -17,7 +17,7 @@ from typing import Any
 from lazyahead.engine.engine import Engine
 from lazyahead.engine.job import Answering, Job
 from lazyahead.engine.request import Request
-from lazyahead.errors import ConfigError, LazyAheadError
+from lazyahead.errors import ConfigError, LazyAheadError, RankError
 from lazyahead.hf.plain_tensors import plain_tensors
 
 _log = logging.getLogger(__name__)
@@ -38,8 +38,8 @@ class Worker:
 
     A request whose pieces nobody takes is paused once `max_pieces` are held, and goes on when they
     are taken. A pass that fails ends the requests in it, with the exception as their `error`, and
-    the worker goes on. Should the worker itself fail, all jobs end with WorkerDeadError, `is_alive`
-    is False and `on_death` is called with the exception.
+    the worker goes on. Should the worker itself fail, or a process that runs the model with it, all
+    jobs end with WorkerDeadError, `is_alive` is False and `on_death` is called with the exception.
     """
 
     def __init__(
@@ -149,7 +149,8 @@ class Worker:
         """Sleeps while there is nothing to do. False: the worker is to end."""
         with self._changed:
             while may_sleep and not (self._inbox or self._has_news or self._is_closing):
-                self._changed.wait()
+                self._changed.wait(self.engine.check_s)
+                self.engine.check()
             self._has_news = False
             return not self._is_closing
 
@@ -172,6 +173,8 @@ class Worker:
             self.engine.step(self._on_layer)
         except _AllCancelled:
             return
+        except RankError:
+            raise
         except Exception as error:
             _log.exception("a pass failed; the requests in it end")
             error.__traceback__ = None  # it holds the pass's tensors

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import threading
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -36,6 +37,7 @@ from lazyahead.parallel.messages import (
     Forgotten,
     Load,
     Pass,
+    Resized,
     Rows,
     Submitted,
     Undo,
@@ -76,6 +78,9 @@ class FollowingEngine(Engine):
         self._requests: dict[int, Request] = {}
         self._sessions: dict[int, Session] = {}
         self._rows: list[Rows] = []
+
+    def _another(self, *args: Any, **kwargs: Any) -> Engine:
+        return FollowingEngine(self._group, *args, **kwargs)
 
     def take(self, told: Submitted) -> None:
         """Submits what the leader has submitted."""
@@ -150,7 +155,11 @@ class FollowingEngine(Engine):
 
 
 def follow(group: Group) -> None:
-    """Does what the leader says, until the group ends."""
+    """Does what the leader says, until the group ends. Signals are for the leader, which may have
+    answers to finish."""
+    if threading.current_thread() is threading.main_thread():
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, signal.SIG_IGN)
     with plain_tensors():
         while True:
             message = group.hear()
@@ -167,10 +176,17 @@ def _serve(group: Group, wanted: Load) -> None:
     make = partial(FollowingEngine, group)
     cache = PrefixCache(wanted.prefix_cache_bytes) if wanted.prefix_cache_bytes else None
     sizes = (wanted.prefill_chunk_size, wanted.packed, cache)
+    engine: Engine | None
     engine = engine_for(model, None, wanted.prefill, wanted.decode, *sizes, make)
-    assert isinstance(engine, FollowingEngine)
     if wanted.needs_owner:
         owner_of(model)
+    while engine is not None:
+        assert isinstance(engine, FollowingEngine)
+        engine = _run(group, engine)
+
+
+def _run(group: Group, engine: FollowingEngine) -> Engine | None:
+    """Runs an engine until the model is unloaded, or another takes its place, which it returns."""
     with engine:
         while True:
             match group.hear():
@@ -184,15 +200,16 @@ def _serve(group: Group, wanted: Load) -> None:
                     engine.forget(sessions)
                 case Pass(rows, paused):
                     engine.join(rows, paused)
+                case Resized(sizes):
+                    return engine.with_sizes(sizes)
                 case Unload():
-                    return
+                    return None
                 case message:
                     raise RankError(f"rank {group.rank} cannot do {message!r} now")
 
 
 def main() -> None:
-    """Follows the process that started this one. Ctrl-C is for the leader."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Follows the process that started this one."""
     disable_progress_bar()
     try:
         group = Group.follow()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from lazyahead.errors import ConfigError, RankError
 from lazyahead.hf.ranks import accelerator
-from lazyahead.parallel.messages import End, Message
+from lazyahead.parallel.messages import End, Message, Unload
 
 PASS_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others within a pass, or while a model is loaded."""
@@ -95,6 +95,12 @@ class Group:
         dist.broadcast_object_list(heard, src=0, group=self._channel)
         return cast(Message, heard[0])
 
+    def check(self) -> None:
+        """Raises RankError, and ends the group, where a process that was started here has
+        ended."""
+        if any(process.poll() is not None for process in self._processes):
+            raise self.failed(RuntimeError("a process has ended"))
+
     def failed(self, error: BaseException) -> RankError:
         """Ends the group, and says why."""
         for process in self._processes:  # a process that has just died is not yet known to have
@@ -116,6 +122,8 @@ class Group:
         """Ends the other processes. Twice is once."""
         if self.is_open and self.is_leader:
             with suppress(RankError):
+                if self.is_used:
+                    self.tell(Unload())
                 self.tell(End())
         self._stop(kill=False)
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lazyahead.cache.session import Session
-from lazyahead.engine.engine import Accepted, Engine, OnLayer, Verified
+from lazyahead.engine.engine import Accepted, Engine, OnLayer, Sizes, Verified
 from lazyahead.engine.request import Request
 from lazyahead.engine.scheduler import Scheduled
 from lazyahead.errors import RequestError
@@ -23,6 +23,7 @@ from lazyahead.parallel.messages import (
     Forgotten,
     Kept,
     Pass,
+    Resized,
     Rows,
     Submitted,
     Undo,
@@ -42,6 +43,19 @@ class LeadingEngine(Engine):
         self._forgotten: deque[int] = deque()
         self._may_undo = False
         self._is_in_pass = False
+
+    def with_sizes(self, sizes: Sizes) -> Engine:
+        with self.lock:
+            self._group.tell(Resized(sizes))
+            return super().with_sizes(sizes)
+
+    def _another(self, *args: Any, **kwargs: Any) -> Engine:
+        return LeadingEngine(self._group, *args, **kwargs)
+
+    check_s = 1.0
+
+    def check(self) -> None:
+        self._group.check()
 
     def submit(self, request: Request) -> None:
         with self.lock:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lazyahead.draft.config import Lookahead
+from lazyahead.engine.engine import Sizes
 from lazyahead.prefill.config import LazyPrefill
 
 
@@ -21,6 +22,12 @@ class Load(NamedTuple):
     prefill_chunk_size: int
     packed: bool | None
     prefix_cache_bytes: int
+
+
+class Resized(NamedTuple):
+    """An engine of other sizes takes the place of the one before."""
+
+    sizes: Sizes
 
 
 class Submitted(NamedTuple):
@@ -103,4 +110,6 @@ class End(NamedTuple):
     """The group ends."""
 
 
-Message = Load | Submitted | Added | Cancelled | Forgotten | Pass | Commit | Undo | Unload | End
+Message = (
+    Load | Resized | Submitted | Added | Cancelled | Forgotten | Pass | Commit | Undo | Unload | End
+)

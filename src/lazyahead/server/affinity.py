@@ -26,10 +26,8 @@ simulation (docs/scale.md)."""
 def document_key(body: Mapping[str, Any], num_chars: int = PREFIX_CHARS) -> str:
     """What a request is about: the start of its text. Requests whose texts start alike have one
     key, whatever the endpoint's fields are called."""
-    for name in ("messages", "input", "prompt"):
-        if body.get(name):
-            return _start_of(body[name], num_chars)
-    return ""
+    said = [body.get(name) for name in ("system", "instructions", "messages", "input", "text")]
+    return _start_of([part for part in [*said, body.get("prompt")] if part], num_chars)
 
 
 def rank(key: str, replicas: Sequence[str]) -> list[str]:
@@ -48,8 +46,18 @@ def choose(key: str, loads: Mapping[str, int], load_factor: float = LOAD_FACTOR)
         raise ConfigError("there is no replica to choose from; start one")
     if not load_factor >= 1.0:
         raise ConfigError(f"load_factor must be at least 1, got {load_factor}")
+    return order(key, loads, load_factor)[0]
+
+
+def order(
+    key: str, loads: Mapping[str, int], load_factor: float = LOAD_FACTOR, places: int | None = None
+) -> list[str]:
+    """The replicas in the order in which to ask them about `key`: by `rank`, but last those that
+    have their share or, of `places`, none left."""
     limit = bound(sum(loads.values()) + 1, len(loads), load_factor)
-    return next(replica for replica in rank(key, list(loads)) if loads[replica] < limit)
+    limit = limit if places is None else min(limit, places)
+    ranked = rank(key, list(loads))
+    return sorted(ranked, key=lambda replica: loads[replica] >= limit)
 
 
 def bound(num_requests: int, num_replicas: int, load_factor: float) -> int:

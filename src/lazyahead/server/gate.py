@@ -9,12 +9,16 @@ import hmac
 import re
 import time
 import uuid
+from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lazyahead.server import log
+from lazyahead.server.admission import Admission
 from lazyahead.server.errors import ApiError, shutting_down
-from lazyahead.server.service import Service, tenant_name
+from lazyahead.server.metrics import Metrics
+from lazyahead.server.service import tenant_name
+from lazyahead.server.settings import Settings
 
 OPEN = ("/", "/health", "/ready")
 """Paths that need no key: the page asks for one itself."""
@@ -25,10 +29,19 @@ _DISCARD = 64 << 20
 """Bytes of a refused body that are still read, so that its sender sees the answer."""
 
 
+class Guarded(Protocol):
+    """What the gate asks of what is behind it."""
+
+    settings: Settings
+    metrics: Metrics
+    admission: Admission
+    is_draining: bool
+
+
 class Gate:
     """Middleware around the whole app."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Guarded) -> None:
         self._app, self._service = app, service
         self._keys = [_digest(key.encode()) for key in service.settings.api_keys]
 
@@ -52,6 +65,7 @@ class Gate:
             await send(message)
 
         scope.setdefault("state", {})
+        scope["state"]["request_id"] = request_id
         try:
             await self._pass(scope, headers, receive, send_named)
         finally:

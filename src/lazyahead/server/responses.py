@@ -62,6 +62,17 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
         raise
 
 
+def response_id(replica: str) -> str:
+    """A new name, which says which replica keeps it."""
+    return "_".join(filter(None, ("resp", replica, secrets.token_hex(16))))
+
+
+def replica_of(name: str) -> str | None:
+    """The replica that keeps the response of this name; None where it does not say."""
+    parts = name.split("_")
+    return parts[1] if len(parts) == 3 else None
+
+
 def _before(service: Service, body: ResponsesRequest, tenant: str) -> Kept | None:
     """The response that is continued. Raises ApiError where it is not kept."""
     if body.previous_response_id is None:
@@ -139,7 +150,7 @@ class _Format:
 
     def __init__(self, turn: _Turn, details: Details | None) -> None:
         self._turn, self._details = turn, details
-        self._response_id = f"resp_{secrets.token_hex(16)}"
+        self._response_id = response_id(turn.service.replica)
         self._item_id = f"msg_{secrets.token_hex(16)}"
         self._created = int(time.time())
         self._num_events = 0

@@ -17,11 +17,10 @@ import torch
 from starlette.requests import Request as HTTPRequest
 
 from lazyahead.answer import Answer, Setting, check, resume
-from lazyahead.cache.prefix import PrefixCache
 from lazyahead.cache.session import Session
 from lazyahead.config import PRESETS, LazyPrefill
 from lazyahead.documents import DocumentStore
-from lazyahead.engine.engine import Engine
+from lazyahead.engine.engine import Sizes
 from lazyahead.engine.worker import Worker
 from lazyahead.hf.plain_tensors import plain_tensors
 from lazyahead.llm import LLM
@@ -59,21 +58,19 @@ class Service:
     def __init__(self, llm: LLM, settings: Settings, *, drafts: bool = True) -> None:
         """`drafts`: whether requests are drafted that do not say."""
         self.llm = llm
+        self.replica = ""
+        """Its name among others; what it keeps carries it, so that a router finds it again."""
         self.settings = settings
         self.drafts = drafts and llm.engine.decode is not None
         self.model_name = settings.model_name or _short(llm.name)
         self.started = int(time.time())
-        own = llm.engine
-        self.engine = Engine(
-            own.runner,
-            own.prefill,
-            own.decode,
-            drafter=own.drafter,
-            row_cost=own.row_cost,
-            prefill_chunk_size=settings.prefill_chunk_size,
-            max_running=settings.max_running,
-            max_prefill_rows=settings.max_prefill_rows,
-            prefix_cache=PrefixCache(settings.cache_bytes) if settings.cache_bytes else None,
+        self.engine = llm.engine.with_sizes(
+            Sizes(
+                settings.prefill_chunk_size,
+                settings.max_running,
+                settings.max_prefill_rows,
+                settings.cache_bytes,
+            )
         )
         self.documents: DocumentStore | None = None
         if settings.documents is not None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from lazyahead.checks import check_count, is_number
 from lazyahead.errors import ConfigError
 
+KEY_VARIABLE = "LAZYAHEAD_API_KEY"
+"""Environment variable with a key, where none is given."""
 _COUNTS = (
     "max_running",
     "max_body_bytes",
