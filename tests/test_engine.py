@@ -300,8 +300,7 @@ def test_short_prompts_that_keep_coming_do_not_stop_a_long_one() -> None:
 
 def test_requests_wait_while_those_that_run_may_hold_too_many_tokens() -> None:
     texts = prompts(20, 20, 70, 10)
-    engine = Engine(Runner(*tiny("llama")), LAZY, None)
-    engine.limit_tokens(60)
+    engine = Engine(Runner(*tiny("llama")), LAZY, None, max_running_tokens=60)
     requests = [request_for(engine, text, 6) for text in texts]
     held: list[list[int]] = []
 
@@ -318,4 +317,4 @@ def test_requests_wait_while_those_that_run_may_hold_too_many_tokens() -> None:
         answer("llama", text, LAZY, num_tokens=6).answer for text in texts
     ]
     with pytest.raises(ConfigError, match="max_running_tokens"):
-        engine.limit_tokens(0)
+        Engine(Runner(*tiny("llama")), LAZY, None, max_running_tokens=0)

@@ -147,7 +147,7 @@ class LLM:
         self.check_whole()
         if len(session) and not session.in_use:
             with self.engine.lock, plain_tensors():
-                session.shape_like(self._like())
+                session.shape_like(self.shortest_session())
         save_session(session, path, self.model, self.prefill)
 
     def load_session(self, path: str | Path) -> Session:
@@ -156,7 +156,7 @@ class LLM:
         self.check_whole()
         with plain_tensors():
             empty = self.engine.new_session()
-            return load_session(path, self.model, self.prefill, empty, self._like)
+            return load_session(path, self.model, self.prefill, empty, self.shortest_session)
 
     def read_ahead(self, document: str | list[int]) -> Session:
         """Computes what prompts that begin with a document have in common, before any question,
@@ -192,7 +192,7 @@ class LLM:
                 "has no file; load the model without tp for that"
             )
 
-    def _like(self) -> Session:
+    def shortest_session(self) -> Session:
         """A session of two tokens, for what its states look like."""
         if self._sample is None:
             with self.engine.lock, plain_tensors():

@@ -55,6 +55,7 @@ class Sizes(NamedTuple):
     prefill_chunk_size: int
     max_running: int
     max_prefill_rows: int | None
+    max_running_tokens: int | None
     cache_bytes: int
 
 
@@ -77,12 +78,15 @@ class Engine:
         prefill_chunk_size: int = 512,
         max_running: int = 64,
         max_prefill_rows: int | None = None,
+        max_running_tokens: int | None = None,
         prefix_cache: PrefixCache | None = None,
     ) -> None:
         check_count("prefill_chunk_size", prefill_chunk_size, least=1)
         check_count("max_running", max_running, least=1)
         if max_prefill_rows is not None:
             check_count("max_prefill_rows", max_prefill_rows, least=1)
+        if max_running_tokens is not None:
+            check_count("max_running_tokens", max_running_tokens, least=1)
         self.runner = runner
         self.prefill = prefill
         self.decode = decode
@@ -99,6 +103,7 @@ class Engine:
             prefill_chunk_size=prefill_chunk_size,
             max_running=max_running,
             max_prefill_rows=max_prefill_rows,
+            max_running_tokens=max_running_tokens,
             prefixes=self.prefixes,
         )
         self._attached: list[AbstractContextManager[Any]] = []
@@ -119,6 +124,7 @@ class Engine:
             prefill_chunk_size=sizes.prefill_chunk_size,
             max_running=sizes.max_running,
             max_prefill_rows=sizes.max_prefill_rows,
+            max_running_tokens=sizes.max_running_tokens,
             prefix_cache=PrefixCache(sizes.cache_bytes) if sizes.cache_bytes else None,
         )
 
@@ -173,13 +179,6 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         return self._scheduler.num_waiting
-
-    def limit_tokens(self, max_running_tokens: int | None) -> None:
-        """Bounds the memory of requests that run at once, by the tokens that they may come to
-        hold; further ones wait. Raises ConfigError for a number below 1."""
-        if max_running_tokens is not None:
-            check_count("max_running_tokens", max_running_tokens, least=1)
-        self._scheduler.max_running_tokens = max_running_tokens
 
     def submit(self, request: Request) -> None:
         """Queues a request; it joins between two steps."""

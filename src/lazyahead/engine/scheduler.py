@@ -59,7 +59,8 @@ class Scheduler:
 
     Beside running answers a prompt is computed in chunks of `prefill_chunk_size` rows, which
     bounds how long a pass can delay them; alone it is computed in one pass, or in chunks of
-    `max_prefill_rows`, which bounds how long others wait to join.
+    `max_prefill_rows`, which bounds how long others wait to join. Requests that run may come to
+    hold at most `max_running_tokens`, prompts and answers; others wait.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Scheduler:
         prefill_chunk_size: int,
         max_running: int,
         max_prefill_rows: int | None = None,
+        max_running_tokens: int | None = None,
         prefixes: PrefixSharing | None = None,
     ) -> None:
         self._runner = runner
@@ -79,9 +81,8 @@ class Scheduler:
         self._row_cost = row_cost
         self._prefill_chunk_size = prefill_chunk_size
         self._max_prefill_rows = max_prefill_rows
+        self._max_running_tokens = max_running_tokens
         self._num_prefills = 0
-        self.max_running_tokens: int | None = None
-        """Most tokens that running requests may come to hold, prompts and answers; None: any."""
         self._max_running = max_running
         self.step: Step | None = None
         """What the drafts of the current pass are for; None: nothing is drafted."""
@@ -145,10 +146,10 @@ class Scheduler:
 
     def _fits(self, request: Request) -> bool:
         """Whether it may run beside those that do. A request that runs alone always may."""
-        if self.max_running_tokens is None or not self._running:
+        if self._max_running_tokens is None or not self._running:
             return True
         total = sum(running.max_tokens for running in self._running)
-        return total + request.max_tokens <= self.max_running_tokens
+        return total + request.max_tokens <= self._max_running_tokens
 
     # --- decoding ---------------------------------------------------------------------------
 

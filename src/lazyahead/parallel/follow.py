@@ -97,6 +97,7 @@ class FollowingEngine(Engine):
         )
         request.prefill.prunes = told.prunes
         request.namespace = told.namespace
+        request.may_share = told.may_share
         request.drafts = _ToldDrafts()
         self._requests[told.request] = request
         self.submit(request)

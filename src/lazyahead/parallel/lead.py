@@ -74,6 +74,7 @@ class LeadingEngine(Engine):
                 request.max_new_tokens,
                 progress.is_open,
                 request.namespace,
+                request.may_share,
             )
             self._tell_forgotten()
             self._group.tell(message)

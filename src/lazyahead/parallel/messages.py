@@ -45,6 +45,7 @@ class Submitted(NamedTuple):
     max_new_tokens: int
     is_open: bool
     namespace: str | None
+    may_share: bool
 
 
 class Added(NamedTuple):

@@ -69,6 +69,7 @@ class Service:
                 settings.prefill_chunk_size,
                 settings.max_running,
                 settings.max_prefill_rows,
+                settings.max_running_tokens or _tokens_that_fit(llm.shortest_session()),
                 settings.cache_bytes,
             )
         )
@@ -107,7 +108,6 @@ class Service:
         answer.request.may_draft = False
         for _ in self.worker.submit(answer):
             pass
-        self.engine.limit_tokens(self.settings.max_running_tokens or _tokens_that_fit(session))
         if self.documents is not None:
             self._load_documents(self.documents)
 
