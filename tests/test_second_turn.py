@@ -33,7 +33,7 @@ def reader() -> LLM:
 
 
 def test_the_contract_is_fulfilled(capsys):
-    options = ("--categories", "few_shot,code", "--prefill", "balanced")
+    options = ("--categories", "few_shot,code", "--prefill", "fast")
     assert run(["bench", "quality", "--turns", "2", *SHORT, *options, "--json"]) == 0
     values = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = values["rows"]

@@ -61,7 +61,7 @@ def rewrite(path, change, fits=True):
 
 def refused(model, path, message=""):
     """Loading fails at once, in one line."""
-    model._like()
+    model.shortest_session()
     begin = time.perf_counter()
     with pytest.raises(SessionFileError, match=message) as error:
         model.load_session(path)
@@ -101,7 +101,7 @@ def test_what_is_read_back_is_revived_as_by_hand(tmp_path):
     finish(engine, [request_for(engine, DOCUMENT, 5, session)], lambda: hand.follow(session))
     save_session(session, tmp_path / "a", model, LAZY)
     again = load_session(
-        tmp_path / "a", model, LAZY, engine.new_session(), LLM(model, prefill=LAZY)._like
+        tmp_path / "a", model, LAZY, engine.new_session(), LLM(model, prefill=LAZY).shortest_session
     )
     before = again.num_revived
     finish(

@@ -7,7 +7,7 @@ each of which is one function here. A multiplication with its addition counts as
   pair of a query and a key that it attends to costs one dot product and one weighted sum over
   the width A_l (query heads times head size): sum over l of 2 W_l n_l + 4 A_l pairs(n_l). Causal
   attention has n (n + 1) / 2 pairs, fewer where the layer or `local_window` limits what a row
-  attends to.
+  attends to; in the last layer only the last row attends.
 - **Scores.** At each boundary the attention weights of the scorer's last w rows are computed
   once more, in the layer below: 2 A w n.
 - **Head.** One row of logits: 2 H.
@@ -142,11 +142,14 @@ def layer_flops(
 ) -> float:
     """Of all layers, where `counts[l]` of `num_tokens` tokens are computed at layer l.
 
-    In the layers `local` rows attend within the local window of `config`.
+    In the layers `local` rows attend within the local window of `config`; in the last layer only
+    the last row attends.
     """
     total = 0.0
     for index, (layer, count) in enumerate(zip(model.layers, counts, strict=True)):
-        if config is not None and index in local and layer.attends_fully:
+        if index == len(counts) - 1:
+            pairs: float = last_row_pairs(layer, count, num_tokens)
+        elif config is not None and index in local and layer.attends_fully:
             num_last = config.num_last_rows
             pairs = local_pairs(count, config.local_window, num_last)
         else:
@@ -157,14 +160,25 @@ def layer_flops(
 
 def causal_pairs(layer: LayerCost, count: int, num_tokens: int) -> float:
     """Pairs of query and key among `count` of `num_tokens` tokens, evenly spread over them."""
-    span = count
-    if layer.window is not None:
-        span = min(count, max(1, round(layer.window * count / num_tokens)))
     if layer.chunk is not None:
-        size = min(count, max(1, round(layer.chunk * count / num_tokens)))
+        size = _span(layer.chunk, count, num_tokens)
         whole, rest = divmod(count, size)
         return whole * _triangle(size) + _triangle(rest)
+    span = _span(layer.window, count, num_tokens)
     return _triangle(span) + (count - span) * span
+
+
+def last_row_pairs(layer: LayerCost, count: int, num_tokens: int) -> int:
+    """Those of the last row."""
+    if layer.chunk is not None:
+        size = _span(layer.chunk, count, num_tokens)
+        return count % size or size
+    return _span(layer.window, count, num_tokens)
+
+
+def _span(limit: int | None, count: int, num_tokens: int) -> int:
+    """How many of `count` tokens, of `num_tokens`, lie within `limit` tokens."""
+    return count if limit is None else min(count, max(1, round(limit * count / num_tokens)))
 
 
 def local_pairs(num_tokens: int, window: int, num_last: int) -> float:
