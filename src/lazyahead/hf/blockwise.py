@@ -11,8 +11,6 @@ whatever the number of rows and of batches.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -34,6 +32,8 @@ def attend(
     """Attention of T rows, query (1, H, T, D), whose own keys `own` (1, H_kv, T, D) stand last in
     `keys`: (1, T, H, D_v), contiguous, as the projection behind it wants it."""
     num_heads, num_rows, num_kv = query.shape[1], query.shape[2], own.shape[1]
+    if heads.softcap is None:  # else scores are capped after scaling
+        query, heads = query * heads.scaling, heads._replace(scaling=1.0)
     if num_rows == 1:
         answer = _one_row(query, own, keys.blocks, values.blocks, layout, heads)
         if answer is not None:
@@ -51,8 +51,7 @@ def _one_row(
     """A decode step's row, with as few calls as can be and the same arithmetic as `Work`. None: not
     for this path."""
     spans = layout.strips[0].spans
-    is_power_of_2 = math.frexp(heads.scaling)[0] == 0.5
-    is_plain = heads.softcap is None and heads.sinks is None and is_power_of_2
+    is_plain = heads.softcap is None and heads.sinks is None
     if not is_plain or len(spans) != 1 or layout.sees_first is not None:
         return None
     (block, count, _, biases), num_kv, width = spans[0], own.shape[1], query.shape[3]
@@ -62,7 +61,7 @@ def _one_row(
         keys, values = keys[block : block + count], values[block : block + count]
     shift, of_first = ((folded * key).sum(-1, keepdim=True) for key in (own[0], first))
     shift = torch.maximum(shift, of_first)
-    rows = torch.cat([folded, shift, shift], -1).mul_(heads.scaling)
+    rows = torch.cat([folded, shift, shift], -1)
     if count > 1:
         rows = torch.cat([rows] * count)  # several times as fast as `repeat`
     scores = torch.bmm(rows, keys.view(-1, BLOCK, width + EXTRA).transpose(1, 2))

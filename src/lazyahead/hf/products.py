@@ -44,9 +44,6 @@ class Work:
         self.key_blocks, self.value_blocks = keys.blocks, values.blocks
         self.dtype = folded.dtype
         self.num_kv, self.num_rows, self.groups, self.width = folded.shape
-        rounds = math.frexp(heads.scaling)[0] != 0.5
-        self.late_scaling = heads.scaling if rounds or heads.softcap is not None else None
-        """Where scaling the query would round it once more, the scores are scaled."""
         self.own = own
         self._scratch: Tensor | None = None
 
@@ -73,8 +70,7 @@ class Work:
 
     def shifted(self, rows: slice, shift: Tensor) -> Tensor:
         """(H_kv, R, G, D + EXTRA) queries whose products with keys are scores less the shift."""
-        wide = torch.cat([self.folded[:, rows], shift, shift], -1)
-        return wide if self.late_scaling is not None else wide.mul_(self.heads.scaling)
+        return torch.cat([self.folded[:, rows], shift, shift], -1)
 
     def strip(self, query: Tensor, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
         """What rows (H_kv, R, G, D + EXTRA) sum up over spans: answers (H_kv, R, G, D_v), sums
@@ -111,8 +107,6 @@ class Work:
         if self.heads.softcap is not None:
             capped = torch.tanh(scores.float() * (self.heads.scaling / self.heads.softcap))
             scores.copy_(capped.mul_(self.heads.softcap))
-        elif self.late_scaling is not None:
-            scores.mul_(self.late_scaling)
         return scores
 
     def top(self, part: Tensor, spans: Sequence[Span]) -> Tensor:
