@@ -105,8 +105,11 @@ class PrefixCache:
         """The whole blocks of `token_ids` behind the first `num_held`, as copies of what the
         session holds. Below the first boundary, its slots stand by position."""
         size = self.block_tokens
+        starts = range(num_held * size, len(token_ids) - size + 1, size)
+        if not starts:  # the common case: spares a copy of all keys and values
+            return
         layers = [(kv.keys, kv.values) for kv in session.kv[: first_boundary(session)]]
-        for start in range(num_held * size, len(token_ids) - size + 1, size):
+        for start in starts:
             part = slice(start, start + size)
             parent = Block(
                 parent,

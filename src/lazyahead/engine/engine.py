@@ -27,7 +27,6 @@ from lazyahead.hf.plain_runner import PlainRunner
 from lazyahead.hf.runner import Runner
 from lazyahead.prefill.config import LazyPrefill
 from lazyahead.prefill.schedule import boundaries
-from lazyahead.sampling import Picker
 
 OnLayer = Callable[[int], None]
 
@@ -212,18 +211,14 @@ class Engine:
                 for request in requests:
                     self.cancel(request)
 
-    def read_ahead(self, token_ids: Sequence[int], prefill: LazyPrefill | None = None) -> Session:
+    def read_ahead(self, token_ids: Sequence[int]) -> Session:
         """Computes the beginning of later prompts up to the first boundary, and keeps it in the
-        prefix cache where there is one. `prefill` is another strategy than the engine's own.
-        Raises RequestError where the model keeps a state of its own."""
-        session = self.new_session() if prefill is None else self.session_for(prefill)
+        prefix cache where there is one. Raises RequestError where the model keeps a state of its
+        own."""
+        session = self.new_session()
         if not session.num_layers:
             raise RequestError("this model keeps a state of its own, which no prompts can share")
-        picker = Picker()
-        request = Request(
-            token_ids, picker, session=session, max_new_tokens=1, min_tokens=0, is_open=True
-        )
-        self.answer([request])
+        self.answer([Request.opening(token_ids, session)])
         return session
 
     def add_prefix(self, session: Session, namespace: str | None = None) -> None:

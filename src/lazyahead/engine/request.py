@@ -91,6 +91,13 @@ class Request:
         self.num_revived_seen = session.num_revived
         self.drafts: DraftRequest | None = None
 
+    @classmethod
+    def opening(cls, token_ids: Sequence[int], session: Session) -> Request:
+        """An open request: the beginning of later prompts."""
+        return cls(
+            token_ids, Picker(), session=session, max_new_tokens=1, min_tokens=0, is_open=True
+        )
+
     @property
     def max_tokens(self) -> int:
         """Tokens that it may come to hold, prompt and answer."""

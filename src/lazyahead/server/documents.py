@@ -14,7 +14,6 @@ from lazyahead.cache.session import Session, shared_prefix
 from lazyahead.engine.job import Job
 from lazyahead.engine.request import Request as EngineRequest
 from lazyahead.results import Piece
-from lazyahead.sampling import Picker
 from lazyahead.server.errors import ApiError, shutting_down, timed_out
 from lazyahead.server.log import note
 from lazyahead.server.reply import DocumentReply, dump
@@ -100,9 +99,7 @@ async def _read(
 ) -> Session:
     """Raises ApiError where the client leaves, or the time is over."""
     session = service.engine.session_for(manner.prefill)
-    work = EngineRequest(
-        token_ids, Picker(), session=session, max_new_tokens=1, min_tokens=0, is_open=True
-    )
+    work = EngineRequest.opening(token_ids, session)
     work.namespace = manner.namespace
     job = service.worker.submit(Reading(work))
     timeout_s = service.settings.request_timeout_s
