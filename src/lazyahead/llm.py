@@ -14,7 +14,7 @@ from torch import nn
 from lazyahead.answer import Answer, Setting, check, resume, shortest_session
 from lazyahead.build import engine_for
 from lazyahead.cache.prefix import PrefixCache
-from lazyahead.cache.session import Session, shared_prefix
+from lazyahead.cache.session import Session
 from lazyahead.cache.session_file import load_session, save_session
 from lazyahead.checks import check_count
 from lazyahead.config import LazyPrefill, Lookahead
@@ -33,7 +33,14 @@ from lazyahead.results import Completion, Piece, Reach
 from lazyahead.sampling import Sampling
 from lazyahead.stream import Cancelled, Stream
 from lazyahead.text.messages import Message, check_text, read_messages
-from lazyahead.text.prompt import Prompt, check_length, encode_next, encode_prompt, encode_turn
+from lazyahead.text.prompt import (
+    Prompt,
+    check_length,
+    encode_beginning,
+    encode_next,
+    encode_prompt,
+    encode_turn,
+)
 
 
 class LLM:
@@ -181,8 +188,7 @@ class LLM:
         check(self._setting, prompt, Sampling(max_new_tokens=1))
         if not isinstance(document, str):
             return prompt.token_ids
-        one, other = (self.encode(document, asked).token_ids for asked in ("What?", "- 1"))
-        return one[: shared_prefix(one, other)]
+        return encode_beginning(self._tokenizer(), document)
 
     def check_whole(self) -> None:
         """Raises SessionFileError where sessions have no files."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from lazyahead.cache.session import Session, shared_prefix
+from lazyahead.cache.session import Session
 from lazyahead.engine.job import Job
 from lazyahead.engine.request import Request as EngineRequest
 from lazyahead.results import Piece
@@ -20,12 +19,10 @@ from lazyahead.server.reply import DocumentReply, dump
 from lazyahead.server.schema import DocumentRequest, Extension
 from lazyahead.server.service import Manner, Service, tenant_of
 from lazyahead.server.sse import until_disconnect
-from lazyahead.text.messages import read_messages
-from lazyahead.text.prompt import check_length, encode_turn
+from lazyahead.text.messages import check_text
+from lazyahead.text.prompt import Prompt, check_length, encode_beginning
 
 router = APIRouter()
-QUESTIONS = ("\n\nWhat?", "\n\n- 1")
-"""Two of any: what prompts share up to there is the same whatever is asked."""
 
 
 class Reading:
@@ -75,13 +72,10 @@ def _beginning(service: Service, text: str, system: str | None) -> list[int]:
     for one that is too short to be kept."""
     tokenizer = service.llm.tokenizer
     check_length(tokenizer, text, service.llm.max_context)
-    before: list[Any] = [] if system is None else [{"role": "system", "content": system}]
-    one, other = (
-        encode_turn(tokenizer, read_messages([*before, {"role": "user", "content": text + asked}]))
-        for asked in QUESTIONS
-    )
-    service.check_length(one)
-    token_ids = one.token_ids[: shared_prefix(one.token_ids, other.token_ids)]
+    check_text(text, "the document")
+    check_text(system or "", "the system message")
+    token_ids = encode_beginning(tokenizer, text, system)
+    service.check_length(Prompt(token_ids or [0]))
     assert service.engine.prefixes is not None
     least = service.engine.prefixes.cache.block_tokens
     if len(token_ids) < least:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from lazyahead.errors import ContextLengthError, RequestError
 from lazyahead.text.detokenizer import Detokenizer, Tokenizer, decode
@@ -71,6 +72,18 @@ def encode_turn(
     turn = _encode(tokenizer, rest, is_plain and not kept)
     span = turn.question and (turn.question[0] + len(kept), turn.question[1] + len(kept))
     return Prompt([*kept, *turn.token_ids], span, stop)
+
+
+def encode_beginning(tokenizer: Tokenizer, document: str, system: str | None = None) -> list[int]:
+    """The tokens that prompts over a document share, whatever is asked: those of two questions
+    compared, as templates may treat a text without one differently."""
+    before = [] if system is None else [{"role": "system", "content": system}]
+    one, other = (
+        encode_turn(tokenizer, [*before, {"role": "user", "content": f"{document}\n\n{asked}"}])
+        for asked in ("What?", "- 1")
+    )
+    same = (a == b for a, b in zip(one.token_ids, other.token_ids, strict=False))
+    return one.token_ids[: sum(takewhile(bool, same))]
 
 
 def encode_next(tokenizer: Tokenizer, content: str, previous: Sequence[int]) -> Prompt:
