@@ -77,8 +77,10 @@ class PrefillRow:
     """Highest memory in use during the prefill, weights included."""
     working_memory_ratio: float | None
     """The same above what was in use before: keys, values, stash, scratch."""
-    decode_step_ratio: float
+    baseline_step_s: float
+    step_s: float
     """A decode step after the pruned prefill."""
+    decode_step_ratio: float
     second_question_ratio: float
     """First token of another question about the same text, over the baseline's full prefill."""
     reviving_step_ratio: float | None
@@ -169,6 +171,8 @@ def _measure_length(
         keep_all_ratio=baseline_ttft / median(r.keep_all.ttft_s for r in rounds),
         peak_memory_ratio=memory[0],
         working_memory_ratio=memory[1],
+        baseline_step_s=baseline_step,
+        step_s=step,
         decode_step_ratio=step / baseline_step,
         second_question_ratio=median(r.second_s for r in rounds) / baseline_ttft,
         reviving_step_ratio=_reviving_step_ratio(llm, token_ids[:length], runs),

@@ -45,6 +45,22 @@ class GrowableTensor:
     def nbytes(self) -> int:
         return 0 if self._buffer is None else self._buffer.nbytes
 
+    @property
+    def buffer(self) -> Tensor:
+        """All allocated rows, a view. Raises RuntimeError before the first append."""
+        if self._buffer is None:
+            raise RuntimeError("nothing was appended yet")
+        return self._buffer
+
+    def reserve(self, length: int) -> None:
+        """Allocates at least `length` rows."""
+        if length > self.buffer.shape[self.dim]:
+            self._grow(length, self.rows)
+
+    def extend(self, num: int) -> None:
+        """Counts `num` allocated rows as filled, which were written to `buffer`."""
+        self._len += num
+
     def append(self, rows: Tensor) -> None:
         """Copies `rows` behind the filled part."""
         self.write(self._len, rows)
@@ -153,6 +169,27 @@ class LayerKV:
         self._keys.append(keys)
         self._values.append(values)
         self._positions.append(positions)
+
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All allocated keys and values (1, H_kv, C, D) and positions (C,), where they lie in one
+        row; at least the first `len` are filled."""
+        keys, values = self._keys, self._values
+        assert isinstance(keys, GrowableTensor)
+        assert isinstance(values, GrowableTensor)
+        return keys.buffer, values.buffer, self._positions.buffer
+
+    def reserve(self, length: int) -> None:
+        """Allocates at least `length` slots, where keys and values lie in one row."""
+        for part in self._parts():
+            assert isinstance(part, GrowableTensor)
+            part.reserve(length)
+
+    def extend(self, num: int) -> None:
+        """Counts `num` more slots as filled, which were written to `buffers`."""
+        for part in self._parts():
+            assert isinstance(part, GrowableTensor)
+            part.extend(num)
 
     def commit(self, num_drafts: int, accepted: Tensor | None) -> None:
         """Of the last `num_drafts` slots keeps those at `accepted` (offsets into them; None: none),

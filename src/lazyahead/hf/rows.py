@@ -59,6 +59,8 @@ class QueryRows(NamedTuple):
     ancestors: Tensor | None = None
     """(M, M) for the last M rows, which are drafts: [i, j] says that j is i or comes before it."""
     shared: Shared | None = None
+    first: int | None = None
+    """Lowest position of rows that rise by one and are the last of the text; None: unknown."""
     local: LocalWindow | None = None
     """Where rows see less than all; their positions then rise by one, and every earlier token has
     its key."""

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from lazyahead.errors import LazyAheadError, OutOfMemoryError
 from lazyahead.hf.attach import attachment_of, current
 from lazyahead.hf.batch import Batch
+from lazyahead.hf.graphs import StaticSegment, graphs_of
 from lazyahead.hf.model_spec import ModelSpec
 from lazyahead.hf.rows import AttentionParams
 from lazyahead.hf.segment import Segment
@@ -42,6 +43,7 @@ class Runner:
         self._spec = spec
         self._tuned = tuned_modules(spec.layers)
         self._attachment = attachment_of(model)
+        self._graphs = graphs_of(spec, bool(self._tuned))
 
     def pack(self, wanted: bool | None) -> None:
         """Packs the weights of linear layers for all runners of this model (None: where memory
@@ -99,14 +101,29 @@ class Runner:
         """
         if self._attachment.owner is not self._spec:
             raise LazyAheadError("the model is not attached; run inside `with runner.attached()`")
-        fewest = fewest_rows(self._spec.device, self.model.dtype)
-        batch = Batch(segments, self._spec, on_layer, fewest)
-        with self._attachment.lock:
-            return self._forward(batch)
-
-    def _forward(self, batch: Batch) -> Tensor:
         device = self._spec.device
-        ids = torch.tensor([batch.token_ids], device=device)
+        with self._attachment.lock:
+            if self._graphs is not None:
+                if on_layer is not None:
+                    on_layer(0)
+                logits = self._graphs.run(segments, self._prepared)
+                if logits is not None:
+                    return logits
+            batch = Batch(segments, self._spec, on_layer, fewest_rows(device, self.model.dtype))
+            return self._forward(batch, torch.tensor([batch.token_ids], device=device))
+
+    def _prepared(self, segment: StaticSegment) -> Callable[[], Tensor]:
+        """Runs the rows of a segment whose tensors stay where they are: logits (T, V)."""
+        batch = Batch([segment], self._spec)
+
+        def run() -> Tensor:
+            segment.begin()
+            return self._forward(batch, segment.ids[None])
+
+        return run
+
+    def _forward(self, batch: Batch, ids: Tensor) -> Tensor:
+        device = self._spec.device
         token = current.set(batch)
         try:
             with self._switched(batch), self._as_new(), uncompiled():

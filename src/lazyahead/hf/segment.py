@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lazyahead.cache.kv import GrowableTensor, LayerKV
+from lazyahead.cache.stash import Stash
 from lazyahead.hf.attention import attend
 from lazyahead.hf.rows import AttentionParams, LocalWindow, QueryRows, Shared
 from lazyahead.hf.scores import attention_weights, reduce_heads
+
+
+class Watch(NamedTuple):
+    """What a policy acts on at a boundary: attention above `threshold` to a stashed token."""
+
+    stash: Stash
+    threshold: float
+
+    @property
+    def slots(self) -> Tensor:
+        """(S,) where the keys of stashed tokens stand."""
+        return self.stash.slots[self.stash.live]
 
 
 class Policy:
@@ -34,6 +48,11 @@ class Policy:
     is_placeholder: bool = False
     """Whether the one row in flight only stands for rows stashed at a deeper layer: it has no keys
     and attends to nothing."""
+
+    def watches(self) -> Mapping[int, Watch] | None:
+        """By layer whose attention is observed, what makes this policy change rows at the boundary
+        above: where nothing exceeds a threshold, all rows go on. None: more decides."""
+        return None if self.boundary_layers else {}
 
     def observe(self, layer: int, weights: Tensor) -> None:
         """Weights (Q, N) of the last Q rows over the N keys of `layer`, heads reduced, fp32."""
@@ -80,7 +99,10 @@ class Segment:
         self.boundaries = boundaries
         self.policy = policy
         self.token_args = token_args
+        self.entering_places = positions
         self.last = max(positions)
+        is_text = ancestors is None and self.last - positions[0] == len(positions) - 1
+        self._first = positions[0] if is_text else None
         self.entering_positions = torch.tensor(positions, device=device)
         # Set by the policy at boundaries.
         self.positions = self.entering_positions
@@ -108,7 +130,8 @@ class Segment:
         kv = self.kv[layer]
         kv.append(keys, values, self.positions)
         local = policy.local if layer in policy.local_layers else None
-        rows = QueryRows(self.positions, self.last, self.ancestors, self.shared, local)
+        first = self._first if self.positions is self.entering_positions else None
+        rows = QueryRows(self.positions, self.last, self.ancestors, self.shared, first, local)
         num_queries = policy.score_queries.get(layer, 0)
         if num_queries:
             last = query[:, :, -num_queries:]

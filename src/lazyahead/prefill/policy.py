@@ -3,13 +3,15 @@ are revived while an answer is decoded (LazyLLM, arXiv 2407.14057)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from lazyahead.cache.session import Session
 from lazyahead.cache.stash import Stash
 from lazyahead.hf.rows import LocalWindow
-from lazyahead.hf.segment import Segment
+from lazyahead.hf.segment import Segment, Watch
 from lazyahead.prefill.boundary import Below, BoundaryPolicy, defer_all, entries_of
 from lazyahead.prefill.config import LazyPrefill
 from lazyahead.prefill.progress import PrefillProgress, chunk_len
@@ -185,6 +187,16 @@ class DecodePolicy(BoundaryPolicy):
         self.blocked = torch.zeros(num_drafts, dtype=torch.bool, device=device)
         """(M,) drafts whose own output is not to be used in this pass."""
         self._scores: Tensor | None = None
+
+    def watches(self) -> Mapping[int, Watch] | None:
+        """Stashed tokens of each boundary."""
+        if self.config.revive != "demand":
+            return None
+        return {
+            layer - 1: Watch(stash, self.config.revive_threshold)
+            for layer, stash in self.session.stashes.items()
+            if len(stash)
+        }
 
     def observe(self, layer: int, weights: Tensor) -> None:
         """Keeps the weights (Q, N) of the root and its drafts."""
