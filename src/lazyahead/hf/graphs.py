@@ -147,6 +147,8 @@ class _Step:
 
     def __init__(self, rows: StaticSegment) -> None:
         self.rows = rows
+        self._run: Callable[[], Tensor] | None = None
+        """Holds the tensors that a recorded step reads: a graph does not."""
         self._replay: Callable[[], Tensor] | None = None
 
     def fits(self, segment: Segment, watches: Mapping[int, Watch]) -> bool:
@@ -160,9 +162,9 @@ class _Step:
         self.rows.fill(segment)
         if self._replay is not None:
             return self._replay().clone()
-        run = prepare(self.rows)
-        logits = run()
-        self._replay = record(run)
+        self._run = prepare(self.rows)
+        logits = self._run()
+        self._replay = record(self._run)
         return logits
 
 
