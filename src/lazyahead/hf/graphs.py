@@ -32,6 +32,9 @@ ENVIRONMENT = "LAZYAHEAD_CUDA_GRAPHS"
 _NUM_ROWS = (1, 4, 8, 16)
 """Rows of a recorded step; others are filled up to the next."""
 
+_MOST_REVIVED = 4
+"""A conversation that revives tokens in this many more recorded steps than not records no more."""
+
 Prepare = Callable[["StaticSegment"], Callable[[], Tensor]]
 """Prepares a pass over the rows of a segment: what runs it gives logits (T, V)."""
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
@@ -92,10 +95,14 @@ class DecodeGraphs:
         if steps is None:  # the first step runs as written
             self._known[segment.owner] = _Steps()
             return None
+        if steps.num_revived > _MOST_REVIVED:
+            return None
         step = steps.step_of(segment, watches)
         logits = step.run(segment, prepare, self._try_to_record)
         if step.rows.watched and bool(step.rows.is_attended):
+            steps.num_revived += 1
             return None
+        steps.num_revived = max(0, steps.num_revived - 1)
         for kv in segment.kv:
             kv.extend(segment.num_rows)
         wanted = list(segment.logits_indices)
@@ -123,6 +130,8 @@ class _Steps:
         self.has_changed = True
         """Whether a pass ran as written since the last recorded step: other tokens may be stashed.
         """
+        self.num_revived = 0
+        """Recorded steps that had to be run again, less those that had not."""
         self._by_rows: dict[int, _Step] = {}
 
     def step_of(self, segment: Segment, watches: Mapping[int, Watch]) -> _Step:
