@@ -11,13 +11,15 @@ whatever the number of rows and of batches.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from lazyahead.cache.blocks import BLOCK, EXTRA, Blocks
 from lazyahead.hf.branches import answer_drafts
 from lazyahead.hf.plan import Plan
-from lazyahead.hf.products import LARGE, Work, is_exact
+from lazyahead.hf.products import Work, is_exact, is_large, raised
 from lazyahead.hf.rows import AttentionParams
 
 
@@ -93,10 +95,12 @@ def _run(work: Work) -> None:
             held.append((answer, total))
             continue
         if not is_exact(total):
-            bad = ~(total < LARGE)
-            shift = torch.where(bad, work.top(work.folded[:, rows], strip.spans), shift)
-            new = work.strip(work.shifted(rows, shift), strip.spans)
-            answer, total = torch.where(bad, new[0], answer), torch.where(bad, new[1], total)
+            top = partial(work.top, work.folded[:, rows], strip.spans)
+            shift = raised(shift, total, top)
+            bad = is_large(total).flatten(2).any(2).any(0).nonzero()[:, 0]
+            spans = [span.only(bad) for span in strip.spans]
+            query = work.shifted(rows, shift)[:, bad]
+            answer[:, bad], total[:, bad] = work.strip(query, spans)
         work.finish(rows, shift, answer, total)
     if work.layout.branches is not None:
         answer_drafts(work, work.layout.branches, held)

@@ -35,6 +35,13 @@ class Span(NamedTuple):
     """By block in the span: (R, 1, width) 0 where a row sees a slot, else -inf, or how many slots
     all rows see, the first ones; in other blocks all see all."""
 
+    def only(self, rows: Tensor) -> Span:
+        """For some of the rows, by their number."""
+        biases = tuple(
+            (at, bias if isinstance(bias, int) else bias[rows]) for at, bias in self.biases
+        )
+        return self._replace(biases=biases)
+
     def can_grow(self, block: int, width: int, most: int) -> bool:
         """Whether `block`, of which `width` slots take part, may join up to `most` blocks."""
         is_next = self.block + self.num_blocks == block

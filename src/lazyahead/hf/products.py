@@ -4,18 +4,19 @@ summation.
 Scores come out of the product already shifted: the query carries m in an extra column and keys
 carry -1 there, where m is the larger of the row's score with its own key and with the first key.
 That takes no pass over the scores, needs no running maximum and keeps their bf16 rounding small
-where the weight is. A row whose sum says that m was far off is computed anew with its true maximum.
+where the weight is. A row whose sum says that m was far too small is computed anew with the
+logarithm of that sum added to it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from lazyahead.cache.blocks import Blocks
+from lazyahead.cache.blocks import EXTRA, Blocks
 from lazyahead.hf.plan import Plan, Span
 from lazyahead.hf.rows import AttentionParams
 
@@ -101,12 +102,15 @@ class Work:
         if self._scratch is None or self._scratch.numel() < size:
             self._scratch = rows.new_empty(size)
         scores = self._scratch[:size].view(shape)
+        softcap, shift = self.heads.softcap, rows[..., -1:]
+        if softcap is not None:  # the shift is taken from what is capped
+            rows = torch.nn.functional.pad(rows[..., : self.width], (0, EXTRA))
         repeated = rows if count == 1 else torch.cat([rows] * count)
         columns = keys.reshape(-1, *keys.shape[2:]).transpose(1, 2)
         torch.bmm(repeated, columns, out=scores.view(-1, *shape[2:]))
-        if self.heads.softcap is not None:
-            capped = torch.tanh(scores.float() * (self.heads.scaling / self.heads.softcap))
-            scores.copy_(capped.mul_(self.heads.softcap))
+        if softcap is not None:
+            capped = torch.tanh(scores.float() * (self.heads.scaling / softcap))
+            scores.copy_(capped.mul_(softcap).sub_(shift))
         return scores
 
     def top(self, part: Tensor, spans: Sequence[Span]) -> Tensor:
@@ -148,6 +152,20 @@ class Sums:
 
 def is_exact(total: Tensor) -> bool:
     return total.amax().item() < LARGE  # also false where one is no number
+
+
+def is_large(total: Tensor) -> Tensor:
+    """For each row whether its shift was too small."""
+    return ~(total < LARGE)
+
+
+def raised(shift: Tensor, total: Tensor, top: Callable[[], Tensor]) -> Tensor:
+    """The shift of rows, higher where it was too small: by the logarithm of the sum, or to the
+    highest score where the sum is no number."""
+    higher, is_known = (shift + total.log()).to(shift.dtype), total.isfinite()
+    if not bool(is_known.all()):
+        higher = torch.where(is_known, higher, top())
+    return torch.where(is_large(total), higher, shift)
 
 
 def hide(scores: Tensor, bias: Tensor | int) -> None:
