@@ -66,7 +66,7 @@ def _on_branches(
     scores = work.scores(spread(query), keys)
     live = scores.view(-1, work.num_kv, paths, most, work.groups, BLOCK)
     live.add_(branches.bias[:, None])
-    sums.add(scores.exp_(), values)
+    sums.add(scores, values)
     assert sums.answer is not None
     assert sums.total is not None
     shape = (work.num_kv, paths * most, work.groups, -1)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lazyahead.cache.blocks import EXTRA, Blocks
+from lazyahead.hf.native import fits, native
 from lazyahead.hf.plan import Plan, Span
 from lazyahead.hf.rows import AttentionParams
 
@@ -59,8 +60,8 @@ class Work:
         folded = self.folded[:, rows]
         if self.heads.softcap is not None:  # scores are bounded
             return folded.new_zeros(*folded.shape[:-1], 1)
-        shift = (folded * self.own[:, rows, None]).sum(-1, keepdim=True)
-        first = (folded * self.key_blocks[0, :, :1, None, : self.width]).sum(-1, keepdim=True)
+        shift = dot(folded, self.own[:, rows, None])
+        first = dot(folded, self.key_blocks[0, :, :1, None, : self.width])
         if self.layout.sees_first is not None:
             first = first.masked_fill(~self.layout.sees_first[rows], -torch.inf)
         shift = torch.maximum(shift, first)
@@ -87,7 +88,7 @@ class Work:
             scores = self.scores(rows, keys)
             for block, bias in span.biases:
                 hide(scores[block], bias)
-            sums.add(scores.exp_(), values)
+            sums.add(scores, values)
         shape = (self.num_kv, num_rows, self.groups, -1)
         if sums.total is None or sums.answer is None:  # no span
             zero = torch.zeros((*shape[:-1], 1), device=query.device)
@@ -135,11 +136,11 @@ class Sums:
         self.answer, self.total = answer, total
         """(H, C, D_v) and (H, C, 1)"""
 
-    def add(self, weights: Tensor, values: Tensor) -> None:
-        """Weights (blocks, H, C, W) over values (blocks, H, W, D_v)."""
-        shape = weights.shape
-        totals = weights.sum(-1, keepdim=True)
-        answers = torch.bmm(weights.view(-1, *shape[2:]), values.reshape(-1, *values.shape[2:]))
+    def add(self, scores: Tensor, values: Tensor) -> None:
+        """Scores (blocks, H, C, W), which become weights, over values (blocks, H, W, D_v)."""
+        shape = scores.shape
+        totals = weighed(scores)
+        answers = torch.bmm(scores.view(-1, *shape[2:]), values.reshape(-1, *values.shape[2:]))
         if self.answer is None or self.total is None or shape[0] > 1:
             answers = answers.float()
         for answer, total in zip(answers.view(*shape[:3], -1), totals, strict=True):
@@ -168,9 +169,24 @@ def raised(shift: Tensor, total: Tensor, top: Callable[[], Tensor]) -> Tensor:
     return torch.where(is_large(total), higher, shift)
 
 
-def hide(scores: Tensor, bias: Tensor | int) -> None:
+def weighed(scores: Tensor) -> Tensor:
+    """Scores (..., W) become weights in place: the sum of each row (..., 1)."""
+    loops = native(scores.dtype)
+    return scores.exp_().sum(-1, keepdim=True) if loops is None else loops.weigh(scores)
+
+
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """The products (H_kv, R, G, 1) of rows (H_kv, R, G, D) with rows that are spread to them."""
+    loops = native(left.dtype)
+    if loops is None or not fits(1, left.shape[-1]):
+        return (left * right).sum(-1, keepdim=True)
+    return loops.dot(left, right)
+
+
+def hide(scores: Tensor, bias: Tensor | slice) -> None:
     """Makes -inf of the scores (H_kv, R * G, W) that rows do not see."""
-    if isinstance(bias, int):
-        scores[:, :, bias:] = -torch.inf
+    if isinstance(bias, slice):
+        scores[:, :, : bias.start] = -torch.inf
+        scores[:, :, bias.stop :] = -torch.inf
     else:
         scores.view(scores.shape[0], bias.shape[0], -1, scores.shape[2]).add_(bias)
