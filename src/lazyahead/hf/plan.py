@@ -13,9 +13,9 @@ from torch.nn.functional import pad
 from lazyahead.cache.blocks import BLOCK
 from lazyahead.hf.rows import NUM_SINKS, AttentionParams, LocalWindow
 
-_ROWS = 576
+_ROWS = 768
 """Query rows times grouped heads per strip."""
-_TILE = 576 * BLOCK
+_TILE = _ROWS * BLOCK
 """Scores per key head that are weighed in one go: they stay in the second-level cache."""
 _FEW = 64
 """Rows times grouped heads up to which nothing is trimmed: whole blocks go in one call."""
