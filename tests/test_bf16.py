@@ -178,6 +178,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": torch.linspace(-2, 3, 9)},
     "odd scaling": {"scaling": 0.09},
     "large scores": {"scaling": 4.0},
+    "large scores, softcap": {"scaling": 4.0, "softcap": 50.0},
 }
 
 
@@ -230,6 +231,22 @@ def test_a_draft_on_a_tree_is_answered_and_scored_as_if_it_came_alone(
         answer, score = text.rows(tokens[:committed], 1, places[:committed], kind, None)
         same(answers[0], answer[0])
         same(scores[0, :committed], score[0])
+
+
+@pytest.mark.parametrize("kind", ["large scores", "large scores, softcap"])
+def test_scores_far_above_the_first_guess_are_answered_right(kind: str) -> None:
+    text, heads = Text(700, "bfloat16", 0), AttentionParams(**HEADS[kind])
+    places = torch.arange(700)
+    answers, _ = text.rows(list(range(700)), 600, places, kind, None)
+    query, keys, values = (part.float() for part in (text.query, text.keys, text.values))
+    keys, values = keys.repeat_interleave(3, 1), values.repeat_interleave(3, 1)
+    scores = query[:, :, -600:] @ keys.mT * heads.scaling
+    if heads.softcap is not None:
+        scores = torch.tanh(scores / heads.softcap) * heads.softcap
+    scores.masked_fill_(places > places[-600:, None], -torch.inf)
+    wanted = (scores.softmax(-1) @ values)[0].transpose(0, 1)
+    error = (answers.float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    assert error.mean() < 0.02
 
 
 def test_linear_layers_give_a_row_the_same_bits_in_any_company() -> None:

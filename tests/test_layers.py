@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "src" / "lazyahead"
 FLOORS = [
-    ["errors", "checks", "sampling", "text", "report"],
+    ["errors", "checks", "folders", "sampling", "text", "report"],
     ["draft", "results", "prefill.schedule", "prefill.score", "prefill.select", "stream"],
     ["cache.safetensors_header", "cache.blocks"],
     ["prefill.config", "config", "strategies", "prefill.progress", "cache.kv", "cache.stash"],

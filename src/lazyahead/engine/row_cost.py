@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from threading import Lock
 from weakref import WeakKeyDictionary
 
@@ -15,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lazyahead.draft.learned_cost import LearnedRowCost, prior_for
+from lazyahead.folders import cache_folder
 from lazyahead.hf.ranks import num_ranks
 
 _LEARNED: WeakKeyDictionary[PreTrainedModel, dict[str, LearnedRowCost]] = WeakKeyDictionary()
@@ -33,14 +32,6 @@ def row_cost_of(model: PreTrainedModel) -> LearnedRowCost:
             prior = prior_for(model.device.type, str(model.dtype).removeprefix("torch."))
             known[key] = LearnedRowCost.load(cache_folder() / "row_cost" / f"{key}.json", prior)
         return known[key]
-
-
-def cache_folder() -> Path:
-    """Where files are kept: `LAZYAHEAD_CACHE`, else lazyahead in the user's cache folder."""
-    named = os.environ.get("LAZYAHEAD_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lazyahead"
 
 
 def clock_of(model: PreTrainedModel) -> Callable[[], float]:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lazyahead.hf.batch import Batch
+from lazyahead.hf.fused import Fused
 from lazyahead.hf.packed import Packed, packed_of
 
 current: ContextVar[Batch | None] = ContextVar("lazyahead_batch", default=None)
@@ -33,6 +34,7 @@ class Attachment:
         """What the hooks were made for; another owner gets new ones."""
         self.packed: Packed | None = None
         """Packed weights that linear layers use while hooks are in place."""
+        self._fused: Fused | None = None
         self._count = 0
         self._hooks = ExitStack()
         self._plain = threading.local()
@@ -42,6 +44,12 @@ class Attachment:
         with self.lock:
             if self.packed is None:
                 self.packed = packed_of(model, wanted)
+
+    def fuse(self, model: PreTrainedModel) -> None:
+        """Finds the modules that have loops of their own, once for all engines."""
+        with self.lock:
+            if self._fused is None:
+                self._fused = Fused(model)
 
     @contextmanager
     def attached(
@@ -84,6 +92,8 @@ class Attachment:
         with ExitStack() as stack:
             self._guard(model, stack)
             hook_up(stack)
+            if self._fused is not None:
+                stack.enter_context(self._fused.attached())
             if self.packed is not None:
                 stack.enter_context(self.packed.attached())
             self._hooks = stack.pop_all()

@@ -11,13 +11,16 @@ whatever the number of rows and of batches.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from lazyahead.cache.blocks import BLOCK, EXTRA, Blocks
 from lazyahead.hf.branches import answer_drafts
-from lazyahead.hf.plan import Plan
-from lazyahead.hf.products import LARGE, Work, is_exact
+from lazyahead.hf.native import fits, native
+from lazyahead.hf.plan import Plan, Span
+from lazyahead.hf.products import LARGE, Work, dot, hide, is_exact, is_large, raised, weighed
 from lazyahead.hf.rows import AttentionParams
 
 
@@ -32,12 +35,12 @@ def attend(
     """Attention of T rows, query (1, H, T, D), whose own keys `own` (1, H_kv, T, D) stand last in
     `keys`: (1, T, H, D_v), contiguous, as the projection behind it wants it."""
     num_heads, num_rows, num_kv = query.shape[1], query.shape[2], own.shape[1]
-    if heads.softcap is None:  # else scores are capped after scaling
-        query, heads = query * heads.scaling, heads._replace(scaling=1.0)
     if num_rows == 1:
         answer = _one_row(query, own, keys.blocks, values.blocks, layout, heads)
         if answer is not None:
             return answer
+    if heads.softcap is None:  # else scores are capped after scaling
+        query, heads = query * heads.scaling, heads._replace(scaling=1.0)
     groups = num_heads // num_kv
     folded = query.view(num_kv, groups, num_rows, -1).transpose(1, 2)  # (H_kv, T, G, D)
     out = query.new_empty(num_rows, num_kv, groups, values.blocks.shape[-1])
@@ -54,23 +57,33 @@ def _one_row(
     is_plain = heads.softcap is None and heads.sinks is None
     if not is_plain or len(spans) != 1 or layout.sees_first is not None:
         return None
-    (block, count, _, biases), num_kv, width = spans[0], own.shape[1], query.shape[3]
-    folded = query.view(num_kv, -1, width)
+    loops, seen, groups = native(query.dtype), spans[0].seen, query.shape[1] // own.shape[1]
+    if loops is None or not fits(groups, query.shape[3], values.shape[3]):
+        return _one_row_by_torch(query, own, keys, values, spans[0], heads)
+    if seen is None:
+        return None
+    where = (spans[0].block, seen, heads.scaling)
+    answer, most = loops.attend_row(query, own, keys, values, *where)
+    return answer if most < LARGE else None
+
+
+def _one_row_by_torch(
+    query: Tensor, own: Tensor, keys: Tensor, values: Tensor, span: Span, heads: AttentionParams
+) -> Tensor | None:
+    (block, count, _, biases), num_kv, width = span, own.shape[1], query.shape[3]
+    folded = (query * heads.scaling).view(num_kv, -1, width)
     first = keys[0, :, :1, :width]
     if count < keys.shape[0]:
         keys, values = keys[block : block + count], values[block : block + count]
-    shift, of_first = ((folded * key).sum(-1, keepdim=True) for key in (own[0], first))
+    shift, of_first = (dot(folded[:, None], key[:, None])[:, 0] for key in (own[0], first))
     shift = torch.maximum(shift, of_first)
     rows = torch.cat([folded, shift, shift], -1)
     if count > 1:
         rows = torch.cat([rows] * count)  # several times as fast as `repeat`
     scores = torch.bmm(rows, keys.view(-1, BLOCK, width + EXTRA).transpose(1, 2))
     for at, bias in biases:
-        if isinstance(bias, int):
-            scores[at * num_kv : (at + 1) * num_kv, :, bias:] = -torch.inf
-        else:
-            scores[at * num_kv : (at + 1) * num_kv].add_(bias)
-    sums = scores.exp_().sum(-1, keepdim=True).float()
+        hide(scores[at * num_kv : (at + 1) * num_kv], bias)
+    sums = weighed(scores).float()
     answers = torch.bmm(scores, values.view(scores.shape[0], BLOCK, -1)).float()
     total, *more_sums = torch.split(sums, num_kv)
     answer, *more_answers = torch.split(answers, num_kv)
@@ -93,10 +106,12 @@ def _run(work: Work) -> None:
             held.append((answer, total))
             continue
         if not is_exact(total):
-            bad = ~(total < LARGE)
-            shift = torch.where(bad, work.top(work.folded[:, rows], strip.spans), shift)
-            new = work.strip(work.shifted(rows, shift), strip.spans)
-            answer, total = torch.where(bad, new[0], answer), torch.where(bad, new[1], total)
+            top = partial(work.top, work.folded[:, rows], strip.spans)
+            shift = raised(shift, total, top)
+            bad = is_large(total).flatten(2).any(2).any(0).nonzero()[:, 0]
+            spans = [span.only(bad) for span in strip.spans]
+            query = work.shifted(rows, shift)[:, bad]
+            answer[:, bad], total[:, bad] = work.strip(query, spans)
         work.finish(rows, shift, answer, total)
     if work.layout.branches is not None:
         answer_drafts(work, work.layout.branches, held)

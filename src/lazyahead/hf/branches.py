@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lazyahead.cache.blocks import BLOCK, Blocks
 from lazyahead.hf.plan import Branches
-from lazyahead.hf.products import LARGE, Sums, Work, is_exact
+from lazyahead.hf.products import Sums, Work, is_exact, is_large, raised
 
 
 def answer_drafts(work: Work, branches: Branches, held: list[tuple[Tensor, Tensor]]) -> None:
@@ -18,12 +18,15 @@ def answer_drafts(work: Work, branches: Branches, held: list[tuple[Tensor, Tenso
     shift = work.shift(rows)
     answer, total = _on_branches(work, branches, work.shifted(rows, shift), held, keys, values)
     if not is_exact(total):
-        bad = ~(total < LARGE)
+        bad = is_large(total)
         strips = [strip for strip in work.layout.strips if strip.first >= num_plain]
-        tops = [work.top(work.folded[:, strip.first : strip.end], strip.spans) for strip in strips]
-        top = _top_on_branches(work, branches, work.folded[:, rows], keys)
-        top = torch.maximum(torch.cat(tops, 1), top)
-        shift = torch.where(bad, top, shift)
+
+        def top() -> Tensor:
+            tops = [work.top(work.folded[:, part.first : part.end], part.spans) for part in strips]
+            own = _top_on_branches(work, branches, work.folded[:, rows], keys)
+            return torch.maximum(torch.cat(tops, 1), own)
+
+        shift = raised(shift, total, top)
         query = work.shifted(rows, shift)
         parts = [query[:, strip.first - num_plain : strip.end - num_plain] for strip in strips]
         held = [work.strip(part, strip.spans) for part, strip in zip(parts, strips, strict=True)]
@@ -63,7 +66,7 @@ def _on_branches(
     scores = work.scores(spread(query), keys)
     live = scores.view(-1, work.num_kv, paths, most, work.groups, BLOCK)
     live.add_(branches.bias[:, None])
-    sums.add(scores.exp_(), values)
+    sums.add(scores, values)
     assert sums.answer is not None
     assert sums.total is not None
     shape = (work.num_kv, paths * most, work.groups, -1)

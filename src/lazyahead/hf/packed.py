@@ -121,6 +121,7 @@ class _Group:
         self.bias = torch.cat([m.bias.detach() for m in members]) if has_bias else None
         self.sizes = [member.out_features for member in members]
         self.nbytes = weight.nbytes
+        self._product = torch.ops.mkldnn._linear_pointwise.default
         self._input: Tensor | None = None
         self._parts: dict[int, Tensor] = {}
 
@@ -143,15 +144,13 @@ class _Group:
         return [(part.data_ptr(), part._version) for part in tensors]
 
     def _whole(self, input: Tensor) -> Tensor:
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(
-            input, self.weight, self.bias, "none", [], ""
-        )
+        output: Tensor = self._product(input, self.weight, self.bias, "none", [], "")
         return output
 
     def _part(self, index: int) -> Callable[[Tensor], Tensor]:
         def forward(input: Tensor) -> Tensor:
             if self._input is not input or index not in self._parts:
-                parts = torch.split(self._whole(input), self.sizes, -1)
+                parts = self._whole(input).split_with_sizes(self.sizes, -1)
                 self._parts, self._input = dict(enumerate(parts)), input
             part = self._parts.pop(index)
             if not self._parts:

@@ -13,9 +13,9 @@ from torch.nn.functional import pad
 from lazyahead.cache.blocks import BLOCK
 from lazyahead.hf.rows import NUM_SINKS, AttentionParams, LocalWindow
 
-_ROWS = 576
+_ROWS = 768
 """Query rows times grouped heads per strip."""
-_TILE = 576 * BLOCK
+_TILE = _ROWS * BLOCK
 """Scores per key head that are weighed in one go: they stay in the second-level cache."""
 _FEW = 64
 """Rows times grouped heads up to which nothing is trimmed: whole blocks go in one call."""
@@ -31,16 +31,35 @@ class Span(NamedTuple):
     num_blocks: int
     width: int
     """Slots of each block that take part: BLOCK, or less where there is one block."""
-    biases: tuple[tuple[int, Tensor | int], ...]
-    """By block in the span: (R, 1, width) 0 where a row sees a slot, else -inf, or how many slots
-    all rows see, the first ones; in other blocks all see all."""
+    biases: tuple[tuple[int, Tensor | slice], ...]
+    """By block in the span: (R, 1, width) 0 where a row sees a slot, else -inf, or which slots a
+    single row sees; in other blocks all see all."""
+
+    @property
+    def seen(self) -> tuple[int, int] | None:
+        """The slots that a single row sees, counted from the span's first; None: there are gaps."""
+        first, end = 0, self.num_blocks * BLOCK
+        for at, bias in self.biases:
+            if not isinstance(bias, slice):
+                return None
+            if (bias.start and at > 0) or (bias.stop < BLOCK and at < self.num_blocks - 1):
+                return None
+            first, end = max(first, bias.start), min(end, at * BLOCK + bias.stop)
+        return first, end
+
+    def only(self, rows: Tensor) -> Span:
+        """For some of the rows, by their number."""
+        biases = tuple(
+            (at, bias if isinstance(bias, slice) else bias[rows]) for at, bias in self.biases
+        )
+        return self._replace(biases=biases)
 
     def can_grow(self, block: int, width: int, most: int) -> bool:
         """Whether `block`, of which `width` slots take part, may join up to `most` blocks."""
         is_next = self.block + self.num_blocks == block
         return is_next and self.num_blocks < most and width == self.width == BLOCK
 
-    def grown(self, bias: Tensor | int | None) -> Span:
+    def grown(self, bias: Tensor | slice | None) -> Span:
         """With one more block."""
         more = () if bias is None else ((self.num_blocks, bias),)
         return self._replace(num_blocks=self.num_blocks + 1, biases=self.biases + more)
@@ -175,12 +194,14 @@ class _Sight(NamedTuple):
                 spans.append(Span(block, 1, width, () if bias is None else ((0, bias),)))
         return tuple(spans)
 
-    def _partial(self, seen: Tensor) -> tuple[int, Tensor | int | None]:
+    def _partial(self, seen: Tensor) -> tuple[int, Tensor | slice | None]:
         """Width and bias of a block (R, BLOCK) that not all rows see whole."""
         width = BLOCK
         if seen.shape[0] == 1:
-            live = int(seen.sum())
-            return width, live if bool(seen[0, :live].all()) else self.to_bias(seen)[:, None]
+            slots = seen[0].nonzero()[:, 0]
+            first, end = int(slots[0]), int(slots[-1]) + 1
+            is_range = slots.numel() == end - first
+            return width, slice(first, end) if is_range else self.to_bias(seen)[:, None]
         if seen.shape[0] * self.groups > _FEW:
             end = int(seen.any(0).nonzero()[-1]) + 1
             width = min(BLOCK, math.ceil(end / _TRIM) * _TRIM)

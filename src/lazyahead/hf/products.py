@@ -4,18 +4,20 @@ summation.
 Scores come out of the product already shifted: the query carries m in an extra column and keys
 carry -1 there, where m is the larger of the row's score with its own key and with the first key.
 That takes no pass over the scores, needs no running maximum and keeps their bf16 rounding small
-where the weight is. A row whose sum says that m was far off is computed anew with its true maximum.
+where the weight is. A row whose sum says that m was far too small is computed anew with the
+logarithm of that sum added to it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from lazyahead.cache.blocks import Blocks
+from lazyahead.cache.blocks import EXTRA, Blocks
+from lazyahead.hf.native import fits, native
 from lazyahead.hf.plan import Plan, Span
 from lazyahead.hf.rows import AttentionParams
 
@@ -58,8 +60,8 @@ class Work:
         folded = self.folded[:, rows]
         if self.heads.softcap is not None:  # scores are bounded
             return folded.new_zeros(*folded.shape[:-1], 1)
-        shift = (folded * self.own[:, rows, None]).sum(-1, keepdim=True)
-        first = (folded * self.key_blocks[0, :, :1, None, : self.width]).sum(-1, keepdim=True)
+        shift = dot(folded, self.own[:, rows, None])
+        first = dot(folded, self.key_blocks[0, :, :1, None, : self.width])
         if self.layout.sees_first is not None:
             first = first.masked_fill(~self.layout.sees_first[rows], -torch.inf)
         shift = torch.maximum(shift, first)
@@ -86,7 +88,7 @@ class Work:
             scores = self.scores(rows, keys)
             for block, bias in span.biases:
                 hide(scores[block], bias)
-            sums.add(scores.exp_(), values)
+            sums.add(scores, values)
         shape = (self.num_kv, num_rows, self.groups, -1)
         if sums.total is None or sums.answer is None:  # no span
             zero = torch.zeros((*shape[:-1], 1), device=query.device)
@@ -101,12 +103,15 @@ class Work:
         if self._scratch is None or self._scratch.numel() < size:
             self._scratch = rows.new_empty(size)
         scores = self._scratch[:size].view(shape)
+        softcap, shift = self.heads.softcap, rows[..., -1:]
+        if softcap is not None:  # the shift is taken from what is capped
+            rows = torch.nn.functional.pad(rows[..., : self.width], (0, EXTRA))
         repeated = rows if count == 1 else torch.cat([rows] * count)
         columns = keys.reshape(-1, *keys.shape[2:]).transpose(1, 2)
         torch.bmm(repeated, columns, out=scores.view(-1, *shape[2:]))
-        if self.heads.softcap is not None:
-            capped = torch.tanh(scores.float() * (self.heads.scaling / self.heads.softcap))
-            scores.copy_(capped.mul_(self.heads.softcap))
+        if softcap is not None:
+            capped = torch.tanh(scores.float() * (self.heads.scaling / softcap))
+            scores.copy_(capped.mul_(softcap).sub_(shift))
         return scores
 
     def top(self, part: Tensor, spans: Sequence[Span]) -> Tensor:
@@ -131,11 +136,11 @@ class Sums:
         self.answer, self.total = answer, total
         """(H, C, D_v) and (H, C, 1)"""
 
-    def add(self, weights: Tensor, values: Tensor) -> None:
-        """Weights (blocks, H, C, W) over values (blocks, H, W, D_v)."""
-        shape = weights.shape
-        totals = weights.sum(-1, keepdim=True)
-        answers = torch.bmm(weights.view(-1, *shape[2:]), values.reshape(-1, *values.shape[2:]))
+    def add(self, scores: Tensor, values: Tensor) -> None:
+        """Scores (blocks, H, C, W), which become weights, over values (blocks, H, W, D_v)."""
+        shape = scores.shape
+        totals = weighed(scores)
+        answers = torch.bmm(scores.view(-1, *shape[2:]), values.reshape(-1, *values.shape[2:]))
         if self.answer is None or self.total is None or shape[0] > 1:
             answers = answers.float()
         for answer, total in zip(answers.view(*shape[:3], -1), totals, strict=True):
@@ -150,9 +155,38 @@ def is_exact(total: Tensor) -> bool:
     return total.amax().item() < LARGE  # also false where one is no number
 
 
-def hide(scores: Tensor, bias: Tensor | int) -> None:
+def is_large(total: Tensor) -> Tensor:
+    """For each row whether its shift was too small."""
+    return ~(total < LARGE)
+
+
+def raised(shift: Tensor, total: Tensor, top: Callable[[], Tensor]) -> Tensor:
+    """The shift of rows, higher where it was too small: by the logarithm of the sum, or to the
+    highest score where the sum is no number."""
+    higher, is_known = (shift + total.log()).to(shift.dtype), total.isfinite()
+    if not bool(is_known.all()):
+        higher = torch.where(is_known, higher, top())
+    return torch.where(is_large(total), higher, shift)
+
+
+def weighed(scores: Tensor) -> Tensor:
+    """Scores (..., W) become weights in place: the sum of each row (..., 1)."""
+    loops = native(scores.dtype)
+    return scores.exp_().sum(-1, keepdim=True) if loops is None else loops.weigh(scores)
+
+
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """The products (H_kv, R, G, 1) of rows (H_kv, R, G, D) with rows that are spread to them."""
+    loops = native(left.dtype)
+    if loops is None or not fits(1, left.shape[-1]):
+        return (left * right).sum(-1, keepdim=True)
+    return loops.dot(left, right)
+
+
+def hide(scores: Tensor, bias: Tensor | slice) -> None:
     """Makes -inf of the scores (H_kv, R * G, W) that rows do not see."""
-    if isinstance(bias, int):
-        scores[:, :, bias:] = -torch.inf
+    if isinstance(bias, slice):
+        scores[:, :, : bias.start] = -torch.inf
+        scores[:, :, bias.stop :] = -torch.inf
     else:
         scores.view(scores.shape[0], bias.shape[0], -1, scores.shape[2]).add_(bias)

@@ -1,0 +1,262 @@
+// Inner loops in bfloat16 for processors with AVX-512 bf16. A row's bits depend on that row alone:
+// each has one order of summation, that of oneDNN's products where both compute the same.
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+typedef int64_t num;
+
+#define INLINE static inline __attribute__((always_inline))
+// For loops over independent rows.
+#define ROWS _Pragma("omp parallel for num_threads(threads) if (threads > 1 && count >= 64)")
+
+enum {
+    LANES = 16,
+    BLOCK = 512,  // slots per block of keys, as in cache/blocks.py
+    EXTRA = 2,    // columns behind each key, -1 and 0
+    MOST_GROUPS = 16,
+    MOST_WIDTH = 256,
+};
+
+// --- numbers ------------------------------------------------------------------------------------
+
+INLINE __m512 widened(__m256i x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+INLINE __m512 load(const bf16 *at) { return widened(_mm256_loadu_si256((const __m256i *)at)); }
+INLINE __m256i rounded(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+INLINE void store(bf16 *at, __m512 x) { _mm256_storeu_si256((__m256i *)at, rounded(x)); }
+INLINE bf16 to_bf16(float x) {
+    return (bf16)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(x)), 0);
+}
+
+// e^x as a power of two times a polynomial, to 3e-6; 0 far below.
+INLINE __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-127.f), x);  // of a NaN: the NaN
+    x = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
+    __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 r = _mm512_sub_ps(x, n);
+    __m512 power = _mm512_set1_ps(0.00958285294f);
+    power = _mm512_fmadd_ps(power, r, _mm512_set1_ps(0.0559064262f));
+    power = _mm512_fmadd_ps(power, r, _mm512_set1_ps(0.240240991f));
+    power = _mm512_fmadd_ps(power, r, _mm512_set1_ps(0.693124175f));
+    power = _mm512_fmadd_ps(power, r, _mm512_set1_ps(1.f));
+    return _mm512_scalef_ps(power, n);
+}
+
+// --- rows of a layer ----------------------------------------------------------------------------
+
+// Rows scaled to a mean square of 1, rounded if `rounds`, times weight + `offset`.
+void rms_norm(const bf16 *in, const bf16 *weight, bf16 *out, num count, num width, float epsilon,
+              float offset, int rounds, int threads) {
+    ROWS for (num row = 0; row < count; row++) {
+        const bf16 *x = in + row * width;
+        __m512 squares = _mm512_setzero_ps();
+        for (num i = 0; i < width; i += LANES)
+            squares = _mm512_fmadd_ps(load(x + i), load(x + i), squares);
+        float mean = _mm512_reduce_add_ps(squares) / width;
+        __m512 scale = _mm512_set1_ps(1.f / __builtin_sqrtf(mean + epsilon));
+        for (num i = 0; i < width; i += LANES) {
+            __m512 scaled = _mm512_mul_ps(load(x + i), scale);
+            if (rounds) scaled = widened(rounded(scaled));
+            __m512 by = _mm512_add_ps(load(weight + i), _mm512_set1_ps(offset));
+            store(out + row * width + i, _mm512_mul_ps(scaled, by));
+        }
+    }
+}
+
+// silu(gate) * up; rows of `gate` and `up` lie `stride` apart.
+void silu_mul(const bf16 *gate, const bf16 *up, bf16 *out, num count, num width, num stride,
+              int threads) {
+    const __m512 one = _mm512_set1_ps(1.f), zero = _mm512_setzero_ps();
+    ROWS for (num row = 0; row < count; row++) {
+        const bf16 *x = gate + row * stride, *by = up + row * stride;
+        for (num i = 0; i < width; i += LANES) {
+            __m512 given = load(x + i);
+            __m512 below = _mm512_add_ps(one, exponential(_mm512_sub_ps(zero, given)));
+            __m512 silu = widened(rounded(_mm512_div_ps(given, below)));
+            store(out + row * width + i, _mm512_mul_ps(silu, load(by + i)));
+        }
+    }
+}
+
+// --- attention ----------------------------------------------------------------------------------
+
+INLINE float weigh(bf16 *scores, num width) {
+    __m512 total = _mm512_setzero_ps();
+    for (num i = 0; i < width; i += LANES) {
+        __m512 weight = exponential(load(scores + i));
+        total = _mm512_add_ps(total, weight);
+        store(scores + i, weight);
+    }
+    return _mm512_reduce_add_ps(total);
+}
+
+INLINE bf16 dot(const bf16 *a, const bf16 *b, num width) {
+    __m512 total = _mm512_setzero_ps();
+    for (num i = 0; i < width; i += LANES)
+        total = _mm512_fmadd_ps(load(a + i), load(b + i), total);
+    return to_bf16(_mm512_reduce_add_ps(total));
+}
+
+// Rows of scores become weights in place; the sum of each goes to `totals`.
+void weigh_rows(bf16 *scores, float *totals, num count, num width, int threads) {
+    ROWS for (num row = 0; row < count; row++) totals[row] = weigh(scores + row * width, width);
+}
+
+// The product of each row of a (heads, count, groups, width) with its row of b.
+void dot_rows(const bf16 *a, const num *a_strides, const bf16 *b, const num *b_strides, bf16 *out,
+              num heads, num count, num groups, num width, int threads) {
+    for (num head = 0; head < heads; head++) {
+        ROWS for (num row = 0; row < count; row++)
+            for (num g = 0; g < groups; g++) {
+                const bf16 *x = a + head * a_strides[0] + row * a_strides[1] + g * a_strides[2];
+                const bf16 *y = b + head * b_strides[0] + row * b_strides[1] + g * b_strides[2];
+                out[(head * count + row) * groups + g] = dot(x, y, width);
+            }
+    }
+}
+
+// Four pairs of columns of 16 keys, each pair in a vector of its own.
+INLINE void transposed(const bf16 *keys, num stride, __m512i *out) {
+    __m512i rows[4];
+    for (int i = 0; i < 4; i++) {
+        const bf16 *at = keys + i * stride;
+        __m512i x = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)at));
+        x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(at + 4 * stride)), 1);
+        x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(at + 8 * stride)), 2);
+        rows[i] = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(at + 12 * stride)), 3);
+    }
+    __m512i a = _mm512_unpacklo_epi32(rows[0], rows[1]);
+    __m512i b = _mm512_unpackhi_epi32(rows[0], rows[1]);
+    __m512i c = _mm512_unpacklo_epi32(rows[2], rows[3]);
+    __m512i d = _mm512_unpackhi_epi32(rows[2], rows[3]);
+    out[0] = _mm512_unpacklo_epi64(a, c);
+    out[1] = _mm512_unpackhi_epi64(a, c);
+    out[2] = _mm512_unpacklo_epi64(b, d);
+    out[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+// Adds the products of pairs in `a` with the pair at `b`.
+INLINE __m512 add_pairs(__m512 sum, __m512i a, const bf16 *b) {
+    int32_t pair;
+    memcpy(&pair, b, sizeof pair);
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)_mm512_set1_epi32(pair));
+}
+
+// Scores (groups, BLOCK) of the keys at `first` to `end` of a block, less the shift that the query
+// carries; -inf for those that only fill up vectors.
+INLINE void score(const bf16 *query, const bf16 *keys, bf16 *scores, num groups, num width,
+                  num first, num end) {
+    const num wide = width + EXTRA;
+    const __m512i extra = _mm512_set1_epi32(0xbf80);  // -1 and 0
+    const __m512 hidden = _mm512_set1_ps(-__builtin_inff());
+    for (num j = first / LANES * LANES; j < end; j += LANES) {
+        __m512 sums[MOST_GROUPS];
+        for (num g = 0; g < groups; g++) sums[g] = _mm512_setzero_ps();
+        for (num k = 0; k < width; k += 8) {
+            __m512i parts[4];
+            transposed(keys + j * wide + k, wide, parts);
+            for (num g = 0; g < groups; g++)
+                for (int p = 0; p < 4; p++)
+                    sums[g] = add_pairs(sums[g], parts[p], query + g * wide + k + 2 * p);
+        }
+        __mmask16 seen = 0xffff;
+        if (end - j < LANES) seen &= (1 << (end - j)) - 1;
+        if (first > j) seen &= 0xffff << (first - j);
+        for (num g = 0; g < groups; g++) {
+            __m512 x = add_pairs(sums[g], extra, query + g * wide + width);
+            store(scores + g * BLOCK + j, _mm512_mask_blend_ps(seen, hidden, x));
+        }
+    }
+}
+
+// Weights (groups, BLOCK) over the values at `first` to `end`, rounded, added to (groups, width).
+INLINE void add_values(const bf16 *weights, const bf16 *values, float *answer, num groups,
+                       num width, num first, num end) {
+    for (num d = 0; d < width; d += LANES) {
+        __m512 sums[MOST_GROUPS];
+        for (num g = 0; g < groups; g++) sums[g] = _mm512_setzero_ps();
+        for (num j = first; j < end; j += 2) {
+            const bf16 *at = values + j * width + d;
+            __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at));
+            __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(at + width)));
+            __m512i both = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+            for (num g = 0; g < groups; g++)
+                sums[g] = add_pairs(sums[g], both, weights + g * BLOCK + j);
+        }
+        for (num g = 0; g < groups; g++) {
+            float *at = answer + g * width + d;
+            __m512 more = widened(rounded(sums[g]));
+            _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), more));
+        }
+    }
+}
+
+struct row {
+    const bf16 *query, *own, *first_keys, *keys, *values;  // keys and values from the first block
+    bf16 *out;
+    num heads, groups, width, value_width, first, end;  // slots that are seen, from the first block
+    float scaling;
+};
+
+// The answer of the query heads that share a key head; the largest of their sums of weights.
+INLINE float attend_head(const struct row *row, num head, num groups) {
+    const num width = row->width, wide = width + EXTRA, value_width = row->value_width;
+    bf16 query[MOST_GROUPS * (MOST_WIDTH + EXTRA)], scores[MOST_GROUPS * BLOCK];
+    float answer[MOST_GROUPS * MOST_WIDTH] = {0}, totals[MOST_GROUPS] = {0}, most = 0;
+    for (num g = 0; g < groups; g++) {
+        bf16 *at = query + g * wide;
+        for (num i = 0; i < width; i += LANES)
+            store(at + i, _mm512_mul_ps(load(row->query + (head * groups + g) * width + i),
+                                        _mm512_set1_ps(row->scaling)));
+        bf16 own = dot(at, row->own + head * width, width);
+        bf16 first = dot(at, row->first_keys + head * BLOCK * wide, width);
+        __m128 two = _mm_castsi128_ps(_mm_set_epi32(0, 0, first << 16, own << 16));
+        at[width] = at[width + 1] = two[0] > two[1] ? own : first;
+    }
+    for (num block = 0; block * BLOCK < row->end; block++) {
+        num at = block * row->heads + head, first = block ? 0 : row->first;
+        num end = row->end - block * BLOCK < BLOCK ? row->end - block * BLOCK : BLOCK;
+        num from = first / LANES * LANES, to = (end + LANES - 1) / LANES * LANES;
+        score(query, row->keys + at * BLOCK * wide, scores, groups, width, first, end);
+        for (num g = 0; g < groups; g++) totals[g] += weigh(scores + g * BLOCK + from, to - from);
+        const bf16 *values = row->values + at * BLOCK * value_width;
+        add_values(scores, values, answer, groups, value_width, from, to);
+    }
+    for (num g = 0; g < groups; g++) {
+        const __m512 total = _mm512_set1_ps(totals[g]);
+        for (num d = 0; d < value_width; d += LANES) {
+            __m512 sum = _mm512_loadu_ps(answer + g * value_width + d);
+            store(row->out + (head * groups + g) * value_width + d, _mm512_div_ps(sum, total));
+        }
+        if (!(totals[g] <= most)) most = totals[g];  // also where it is no number
+    }
+    return most;
+}
+
+// One row over blocks of keys and values; the largest of its sums of weights.
+float attend_row(const bf16 *query, const bf16 *own, const bf16 *keys, const bf16 *values,
+                 bf16 *out, num heads, num groups, num width, num value_width, num block, num first,
+                 num end, float scaling, int threads) {
+    const num slots = block * heads * BLOCK;
+    const struct row row = {
+        query, own, keys, keys + slots * (width + EXTRA), values + slots * value_width,
+        out, heads, groups, width, value_width, first, end, scaling,
+    };
+    float tops[heads], most = 0;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && end - first >= BLOCK)
+    for (num head = 0; head < heads; head++) switch (groups) {
+        case 1: tops[head] = attend_head(&row, head, 1); break;
+        case 2: tops[head] = attend_head(&row, head, 2); break;
+        case 3: tops[head] = attend_head(&row, head, 3); break;
+        case 4: tops[head] = attend_head(&row, head, 4); break;
+        case 8: tops[head] = attend_head(&row, head, 8); break;
+        default: tops[head] = attend_head(&row, head, groups);
+    }
+    for (num head = 0; head < heads; head++)
+        if (!(tops[head] <= most)) most = tops[head];
+    return most;
+}

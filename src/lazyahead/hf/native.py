@@ -1,0 +1,203 @@
+"""Inner loops in C for bfloat16 on the CPU: `native.c`, compiled once and kept in the cache folder.
+
+Where the processor has no AVX-512 bf16, where there is no C compiler, or where a product here has
+other bits than torch's, all of this is left to torch. That is decided once per process, so that a
+row has the same bits in every pass.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lazyahead.cache.blocks import BLOCK, EXTRA
+from lazyahead.cache.kv import BLOCKED_DTYPE
+from lazyahead.errors import ConfigError
+from lazyahead.folders import cache_folder
+
+ENVIRONMENT = "LAZYAHEAD_NATIVE"
+"""0 leaves all to torch."""
+LANES = 16
+"""Rows are computed in vectors of so many numbers; other widths are left to torch."""
+_MOST_GROUPS, _MOST_WIDTH = 16, 256
+_SOURCE = Path(__file__).with_name("native.c")
+_COMPILERS = ("cc", "gcc", "clang")
+_EXTENSIONS = ("fma", "avx2", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16")
+_FLAGS = (
+    *("-O3", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off"),
+    *(f"-m{name}" for name in _EXTENSIONS),
+)
+_POINTER, _NUM, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "rms_norm": (*[_POINTER] * 3, _NUM, _NUM, _FLOAT, _FLOAT, _INT, _INT),
+    "silu_mul": (*[_POINTER] * 3, _NUM, _NUM, _NUM, _INT),
+    "weigh_rows": (*[_POINTER] * 2, _NUM, _NUM, _INT),
+    "dot_rows": (*[_POINTER] * 5, *[_NUM] * 4, _INT),
+    "attend_row": (*[_POINTER] * 5, *[_NUM] * 7, _FLOAT, _INT),
+}
+
+
+def native(dtype: torch.dtype = BLOCKED_DTYPE) -> Native | None:
+    """The compiled loops, made at the first call; None where torch does it all. Raises
+    ConfigError."""
+    return _made() if dtype == BLOCKED_DTYPE else None
+
+
+@cache
+def _made() -> Native | None:
+    wanted = os.environ.get(ENVIRONMENT, "")
+    if wanted not in ("", "0", "1"):
+        raise ConfigError(f"{ENVIRONMENT} is 0 or 1, got {wanted!r}")
+    if wanted == "0" or not torch.cpu._is_avx512_bf16_supported():
+        return None
+    path = _compiled()
+    if path is None:
+        return None
+    try:
+        loops = Native(ctypes.CDLL(str(path)))
+    except OSError:
+        return None
+    return loops if _has_same_bits(loops) else None
+
+
+def _compiled() -> Path | None:
+    """The library, compiled unless the cache folder holds it; None where that fails."""
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    source = _SOURCE.read_bytes()
+    name = hashlib.sha256(source + " ".join(_FLAGS).encode()).hexdigest()[:16]
+    path = cache_folder() / "native" / f"{name}.so"
+    if path.exists() or compiler is None:
+        return path if path.exists() else None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            command = [compiler, *_FLAGS, "-o", str(made), str(_SOURCE)]
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+            os.replace(made, path)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return path
+
+
+class Native:
+    """The loops of `native.c` on tensors."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        for name, types in _SIGNATURES.items():
+            getattr(library, name).argtypes = types
+        library.attend_row.restype = _FLOAT
+        self._library = library
+
+    def rms_norm(
+        self, rows: Tensor, weight: Tensor, epsilon: float, offset: float, rounds: bool
+    ) -> Tensor:
+        """Rows (..., d), scaled to a mean square of 1, rounded if `rounds`, times the weight (d,)
+        plus an offset."""
+        rows = rows.contiguous()
+        out = torch.empty_like(rows)
+        width = rows.shape[-1]
+        self._library.rms_norm(
+            *(rows.data_ptr(), weight.data_ptr(), out.data_ptr()),
+            *(rows.numel() // width, width, epsilon, offset, rounds, torch.get_num_threads()),
+        )
+        return out
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up, of rows (1, T, d)."""
+        if gate.stride() != up.stride() or gate.stride(-1) != 1:
+            gate, up = gate.contiguous(), up.contiguous()
+        out = torch.empty(gate.shape, dtype=gate.dtype)
+        self._library.silu_mul(
+            *(gate.data_ptr(), up.data_ptr(), out.data_ptr()),
+            *(gate.shape[1], gate.shape[2], gate.stride(1), torch.get_num_threads()),
+        )
+        return out
+
+    def weigh(self, scores: Tensor) -> Tensor:
+        """Contiguous scores (..., W) become weights in place: the sums of rows (..., 1) in fp32."""
+        totals = torch.empty((*scores.shape[:-1], 1))
+        width = scores.shape[-1]
+        self._library.weigh_rows(
+            *(scores.data_ptr(), totals.data_ptr()),
+            *(totals.numel(), width, torch.get_num_threads()),
+        )
+        return totals
+
+    def dot(self, left: Tensor, right: Tensor) -> Tensor:
+        """The products (H, R, G, 1) of rows (H, R, G, D) with rows that are spread to them."""
+        right = right.expand_as(left)
+        out = left.new_empty(*left.shape[:-1], 1)
+        if left.stride(-1) != 1 or right.stride(-1) != 1:
+            left, right = left.contiguous(), right.contiguous()
+        strides = ((_NUM * 3)(*part.stride()[:3]) for part in (left, right))
+        (left_strides, right_strides), threads = strides, torch.get_num_threads()
+        self._library.dot_rows(
+            *(left.data_ptr(), left_strides, right.data_ptr(), right_strides, out.data_ptr()),
+            *(*left.shape, threads),
+        )
+        return out
+
+    def attend_row(
+        self,
+        query: Tensor,
+        own: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        block: int,
+        seen: tuple[int, int],
+        scaling: float,
+    ) -> tuple[Tensor, float]:
+        """One row, query (1, H, 1, D) and own key (1, H_kv, 1, D), over blocks of keys and values:
+        its answer (1, 1, H, D_v), and the largest sum of weights. The slots at `seen` are counted
+        from `block` on."""
+        (_, num_heads, _, width), num_kv = query.shape, own.shape[1]
+        query, own = query.contiguous(), own.contiguous()
+        out = torch.empty((1, 1, num_heads, values.shape[-1]), dtype=query.dtype)
+        most = self._library.attend_row(
+            *(part.data_ptr() for part in (query, own, keys, values, out)),
+            *(num_kv, num_heads // num_kv, width, values.shape[-1], block, *seen),
+            *(scaling, torch.get_num_threads()),
+        )
+        return out, most
+
+
+def fits(groups: int, *widths: int) -> bool:
+    """Whether heads of these widths, `groups` to a key head, can be computed."""
+    are_whole = all(width % LANES == 0 and width <= _MOST_WIDTH for width in widths)
+    return are_whole and groups <= _MOST_GROUPS
+
+
+def _has_same_bits(loops: Native) -> bool:
+    """Whether one row has the bits that torch's products give it, measured: a millisecond."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(BLOCKED_DTYPE)
+
+    for groups, width in ((1, 64), (3, 64), (4, 256), (2, 48)):
+        keys, values = drawn(1, 2, BLOCK, width + EXTRA), drawn(1, 2, BLOCK, width)
+        keys[..., width], keys[..., width + 1] = -1, 0
+        query, own = drawn(1, 2 * groups, 1, width), keys[0, :, -1:, :width][None]
+        scaling = width**-0.5
+        answer, _ = loops.attend_row(query, own, keys, values, 0, (0, BLOCK), scaling)
+        folded = (query * scaling).view(2, 1, groups, width)
+        firsts = (own[0, :, None], keys[0, :, None, :1, :width])
+        shift = torch.maximum(*(loops.dot(folded, key) for key in firsts))
+        rows = torch.cat([folded, shift, shift], -1)[:, 0]
+        weights = torch.bmm(rows, keys[0].transpose(1, 2))
+        totals = loops.weigh(weights)
+        wanted = (torch.bmm(weights, values[0]).float() / totals).to(query.dtype)
+        if not torch.equal(answer.view_as(wanted), wanted):
+            return False
+    return True

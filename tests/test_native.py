@@ -1,0 +1,184 @@
+"""The loops in C compute what torch computes, each row alone, and leave nothing behind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, build
+from support import prompts
+from torch import Tensor, nn
+
+from lazyahead import LLM
+from lazyahead.errors import ConfigError
+from lazyahead.hf import native as module
+from lazyahead.hf.fused import Fused
+from lazyahead.hf.native import Native, native
+from lazyahead.sampling import Sampling
+
+
+@pytest.fixture
+def loops() -> Native:
+    found = native()
+    if found is None:
+        pytest.skip("no AVX-512 bf16, or no C compiler")
+    return found
+
+
+@pytest.fixture
+def anew() -> Iterator[None]:
+    """Whether there are loops is decided anew, here and afterwards."""
+    module._made.cache_clear()
+    yield
+    module._made.cache_clear()
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape).bfloat16()
+
+
+def near(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours.float(), theirs.float(), rtol=2**-6, atol=1e-6)
+
+
+def test_weights_are_exponentials_and_their_sum(loops: Native) -> None:
+    torch.manual_seed(0)
+    scores = drawn(2, 70, 512) * 8 - 4
+    scores[:, :, 300:] = -torch.inf
+    weights = scores.clone()
+    totals = loops.weigh(weights)
+    near(weights, scores.float().exp())
+    torch.testing.assert_close(
+        totals, scores.float().exp().sum(-1, keepdim=True), rtol=1e-5, atol=0
+    )
+    assert not weights[:, :, 300:].any()
+    for num in (1, 4, 33):
+        part = scores[:, :num].clone()
+        assert torch.equal(loops.weigh(part), totals[:, :num])
+        assert torch.equal(part, weights[:, :num])
+
+
+@pytest.mark.parametrize("score", [torch.inf, torch.nan, 100.0])
+def test_sums_out_of_range_are_seen(loops: Native, score: float) -> None:
+    scores = torch.zeros(1, 64).bfloat16()
+    scores[0, 5] = score
+    assert not float(loops.weigh(scores)) < 2**22
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 5, 8, 16])
+@pytest.mark.parametrize("width", [16, 48, 64, 256])
+def test_one_row_is_answered_over_the_slots_it_sees(loops: Native, groups: int, width: int) -> None:
+    rng = random.Random(groups * width)
+    torch.manual_seed(0)
+    keys, values = drawn(3, 2, 512, width + 2), drawn(3, 2, 512, width)
+    keys[..., width], keys[..., width + 1] = -1, 0
+    query = drawn(1, 2 * groups, 1, width)
+    for block in (0, 1):
+        first = rng.randrange(512)
+        end = rng.randrange(first + 1, (3 - block) * 512 + 1)
+        slots = [(block + at // 512, at % 512) for at in range(first, end)]
+        seen_keys, seen = (
+            torch.stack([part[at, :, slot] for at, slot in slots], 1).float()
+            for part in (keys[..., :width], values)
+        )
+        own = seen_keys[None, :, -1:].bfloat16()
+        answer, most = loops.attend_row(query, own, keys, values, block, (first, end), 0.1)
+        scores = torch.einsum("hgd,hnd->hgn", query.float().view(2, groups, width) * 0.1, seen_keys)
+        wanted = torch.einsum("hgn,hnd->hgd", scores.softmax(-1), seen).view(1, 1, -1, width)
+        torch.testing.assert_close(answer.float(), wanted, rtol=0.02, atol=0.02)
+        assert 0 < most < 2**22
+
+
+@pytest.mark.parametrize("rows", [1, 5, 100])
+def test_rows_are_gated_as_torch_does(loops: Native, rows: int) -> None:
+    torch.manual_seed(0)
+    both = drawn(1, rows, 192) * 8
+    gate, up = both.split_with_sizes([96, 96], -1)
+    near(loops.silu_mul(gate, up), nn.functional.silu(gate) * up)
+    assert torch.equal(loops.silu_mul(gate.contiguous(), up), loops.silu_mul(gate, up))
+
+
+class Mlp(nn.Module):
+    """Has the parts of a gated MLP, and does something else with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(64, 96), nn.Linear(64, 96)
+        self.down_proj, self.act_fn = nn.Linear(96, 64), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+def test_only_modules_that_prove_to_compute_the_same_are_replaced(loops: Native) -> None:
+    model = Mlp().bfloat16()
+    with Fused(model).attached():
+        assert "forward" not in model.__dict__
+    model.act_fn = nn.SiLU()
+    rows = drawn(1, 9, 64)
+    with torch.no_grad():
+        plain = model(rows)
+        with Fused(model).attached():
+            assert "forward" in model.__dict__
+            near(model(rows), plain)
+        assert "forward" not in model.__dict__
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+def test_norms_keep_their_way_of_rounding(loops: Native, family: str) -> None:
+    model = FAMILIES[family]().bfloat16()
+    norms = [module for module in model.modules() if "RMSNorm" in type(module).__name__]
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.copy_(torch.randn_like(norm.weight))
+        rows = [drawn(1, 64, norm.weight.numel()) for norm in norms]
+        plain = [norm(part) for norm, part in zip(norms, rows, strict=True)]
+        with Fused(model).attached():
+            assert all("forward" in norm.__dict__ for norm in norms)
+            for norm, part, wanted in zip(norms, rows, plain, strict=True):
+                whole = norm(part)
+                assert (whole != wanted).float().mean() < 0.01
+                assert torch.equal(norm(part[:, 5:9]), whole[:, 5:9])
+
+
+def test_gradients_and_hooks_are_as_without(loops: Native) -> None:
+    model = build("llama").bfloat16()
+    mlp: Any = model.model.layers[0].mlp
+    seen: list[Tensor] = []
+    with Fused(model).attached():
+        rows = drawn(1, 4, 64).requires_grad_()
+        mlp(model.model.norm(rows)).sum().backward()
+        assert rows.grad is not None
+    handle = mlp.act_fn.register_forward_hook(lambda *args: seen.append(args[2]))
+    with Fused(model).attached(), torch.no_grad():
+        mlp(rows)
+    handle.remove()
+    assert seen
+
+
+@pytest.mark.usefixtures("anew")
+def test_without_a_compiler_torch_does_it_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    sampling = Sampling(max_new_tokens=8, ignore_eos=True)
+    monkeypatch.setenv("LAZYAHEAD_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "_COMPILERS", ("no-such-compiler", "false"))
+    assert native() is None
+    (completion,) = LLM(build("llama").bfloat16(), prefill=None).generate(
+        prompts(40), sampling=sampling
+    )
+    assert len(completion.token_ids) == 8
+
+
+@pytest.mark.usefixtures("anew")
+def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAZYAHEAD_NATIVE", "0")
+    assert native() is None
+    module._made.cache_clear()
+    monkeypatch.setenv("LAZYAHEAD_NATIVE", "yes")
+    with pytest.raises(ConfigError, match="yes"):
+        native()
