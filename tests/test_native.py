@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,6 +102,33 @@ def test_rows_are_gated_as_torch_does(loops: Native, rows: int) -> None:
     assert torch.equal(loops.silu_mul(gate.contiguous(), up), loops.silu_mul(gate, up))
 
 
+def test_threads_share_rows_and_change_no_bits(loops: Native) -> None:
+    torch.manual_seed(0)
+    rows, weight = drawn(1, 200, 96), drawn(96)
+    keys, values = drawn(3, 4, 512, 66), drawn(3, 4, 512, 64)
+    keys[..., 64], keys[..., 65] = -1, 0
+    query, own = drawn(1, 12, 1, 64), keys[2, :, 511:, :64][None]
+
+    def computed() -> list[Tensor]:
+        scores = rows[0, :, :1].expand(200, 512).contiguous()
+        return [
+            loops.rms_norm(rows, weight, 1e-6, 0.0, True),
+            loops.silu_mul(rows, rows.flip(1)),
+            loops.weigh(scores),
+            scores,
+            loops.dot(rows.view(2, 100, 1, 96).expand(-1, -1, 3, -1), rows.view(2, 100, 1, 96)),
+            loops.attend_row(query, own, keys, values, 0, (3, 1536), 0.1)[0],
+        ]
+
+    before, alone = torch.get_num_threads(), computed()
+    try:
+        torch.set_num_threads(2)
+        together = computed()
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, alone, together))
+
+
 class Mlp(nn.Module):
     """Has the parts of a gated MLP, and does something else with them."""
 
@@ -175,6 +203,18 @@ def test_without_a_compiler_torch_does_it_all(
 
 
 @pytest.mark.usefixtures("anew")
+def test_a_library_that_others_may_write_is_not_loaded(
+    loops: Native, anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LAZYAHEAD_CACHE", str(tmp_path))
+    module._made.cache_clear()
+    assert native() is not None
+    (library,) = tmp_path.rglob("*.so")
+    library.chmod(0o777)
+    module._made.cache_clear()
+    assert native() is None
+
+
 def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAZYAHEAD_NATIVE", "0")
     assert native() is None

@@ -27,6 +27,11 @@ NOT_EXACT = (
     "plain answers may differ where two tokens are nearly tied."
 )
 
+NO_LOOPS = (
+    "Here bfloat16 runs without compiled loops (they need AVX-512 bf16 and a C compiler, cc, gcc "
+    "or clang): a decode step takes about half as long again."
+)
+
 
 def doctor(
     model: options.Model = None,
@@ -39,6 +44,7 @@ def doctor(
     import torch
 
     from lazyahead.hf.load import load, max_context
+    from lazyahead.hf.native import native
     from lazyahead.hf.probe import Support, probe
     from lazyahead.hf.steady import fewest_rows, is_steady
     from lazyahead.reader import reader_path
@@ -59,6 +65,8 @@ def doctor(
                 "exact": loaded.dtype == torch.float32 or (fewest_rows(*where) > 1 and is_steady()),
                 "chat_template": bool(tokenizer.chat_template),
             }
+            if loaded.device.type == "cpu" and loaded.dtype == torch.bfloat16:
+                more["compiled_loops"] = native() is not None
     fields = {**_support_fields(support), **more}
     fields["free_memory_gb"] = round(psutil.virtual_memory().available / 2**30, 1)
     fields["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "")
@@ -70,6 +78,8 @@ def doctor(
         note(OMP_ADVICE)
         if not fields.get("exact", True):
             note(NOT_EXACT)
+        if not fields.get("compiled_loops", True):
+            note(NO_LOOPS)
 
 
 def _support_fields(support: Support) -> dict[str, Any]:

@@ -76,18 +76,29 @@ def _compiled() -> Path | None:
     source = _SOURCE.read_bytes()
     name = hashlib.sha256(source + " ".join(_FLAGS).encode()).hexdigest()[:16]
     path = cache_folder() / "native" / f"{name}.so"
-    if path.exists() or compiler is None:
-        return path if path.exists() else None
+    if path.exists():
+        return path if _is_safe(path) else None
+    if compiler is None:
+        return None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
             command = [compiler, *_FLAGS, "-o", str(made), str(_SOURCE)]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
+            made.chmod(0o755)
             os.replace(made, path)
     except (OSError, subprocess.SubprocessError):
         return None
     return path
+
+
+def _is_safe(path: Path) -> bool:
+    """Whether nobody but this user, or root, can have written the file."""
+    if not hasattr(os, "getuid"):
+        return True
+    found = path.stat()
+    return found.st_uid in (0, os.getuid()) and not found.st_mode & 0o022
 
 
 class Native:
