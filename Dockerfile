@@ -4,9 +4,10 @@
 ARG BASE=ubuntu:24.04
 FROM ${BASE}
 
+# gcc compiles the loops for bfloat16 on the CPU, once per cache folder
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3 python3-venv \
+    && apt-get install -y --no-install-recommends python3 python3-venv gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/lazyahead \
     && useradd --create-home --uid 10001 lazyahead
