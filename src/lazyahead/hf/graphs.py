@@ -31,7 +31,8 @@ ENVIRONMENT = "LAZYAHEAD_CUDA_GRAPHS"
 """0 records no graphs."""
 _NUM_ROWS = (1, 4, 8, 16)
 """Rows of a recorded step; others are filled up to the next."""
-
+_MULTIPLE = 8
+"""Slots come in multiples of this: kernels ask it of masks."""
 _MOST_REVIVED = 4
 """A conversation that revives tokens in this many more recorded steps than not records no more."""
 
@@ -138,7 +139,7 @@ class _Steps:
         """The step with room for the rows of `segment`, a new one where there is none, or where
         keys and values lie elsewhere by now."""
         for kv in segment.kv:
-            kv.reserve(len(kv) + _NUM_ROWS[-1])
+            kv.reserve(len(kv) + _NUM_ROWS[-1] + _MULTIPLE - 1)
         num_rows = next(num for num in _NUM_ROWS if num >= segment.num_rows)
         step = self._by_rows.get(num_rows)
         if step is None or not step.fits(segment, watches):
@@ -200,7 +201,7 @@ class StaticSegment(Segment):
         for kv in segment.kv:
             for buffer in kv.buffers[:2]:  # nothing times what was never written may be no number
                 buffer[:, :, len(kv) :].zero_()
-        self._capacity = [buffer.shape[2] // 8 * 8 for buffer in self.keys]
+        self._capacity = [buffer.shape[2] // _MULTIPLE * _MULTIPLE for buffer in self.keys]
         self.watched = {
             layer: torch.zeros(self._capacity[layer], dtype=torch.bool, device=device)
             for layer in watches
