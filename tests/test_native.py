@@ -69,28 +69,39 @@ def test_sums_out_of_range_are_seen(loops: Native, score: float) -> None:
     assert not float(loops.weigh(scores)) < 2**22
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 7])
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 5, 8, 16])
 @pytest.mark.parametrize("width", [16, 48, 64, 256])
-def test_one_row_is_answered_over_the_slots_it_sees(loops: Native, groups: int, width: int) -> None:
+def test_few_rows_are_answered_over_the_slots_they_see(
+    loops: Native, groups: int, width: int, num_rows: int
+) -> None:
     rng = random.Random(groups * width)
     torch.manual_seed(0)
     keys, values = drawn(3, 2, 512, width + 2), drawn(3, 2, 512, width)
     keys[..., width], keys[..., width + 1] = -1, 0
-    query = drawn(1, 2 * groups, 1, width)
-    for block in (0, 1):
-        first = rng.randrange(512)
-        end = rng.randrange(first + 1, (3 - block) * 512 + 1)
-        slots = [(block + at // 512, at % 512) for at in range(first, end)]
-        seen_keys, seen = (
-            torch.stack([part[at, :, slot] for at, slot in slots], 1).float()
-            for part in (keys[..., :width], values)
-        )
-        own = seen_keys[None, :, -1:].bfloat16()
-        answer, most = loops.attend_row(query, own, keys, values, block, (first, end), 0.1)
-        scores = torch.einsum("hgd,hnd->hgn", query.float().view(2, groups, width) * 0.1, seen_keys)
-        wanted = torch.einsum("hgn,hnd->hgd", scores.softmax(-1), seen).view(1, 1, -1, width)
-        torch.testing.assert_close(answer.float(), wanted, rtol=0.02, atol=0.02)
+    all_keys, all_values = (
+        part.transpose(0, 1).flatten(1, 2).float() for part in (keys[..., :width], values)
+    )
+    query, own = drawn(1, 2 * groups, num_rows, width), drawn(1, 2, num_rows, width)
+    for lowest in (0, 512, 700):
+        ranges = []
+        for row in range(num_rows):
+            first = rng.randrange(lowest, lowest + 100)
+            ranges.append((first, rng.randrange(first + 1, 1537)))
+            own[:, :, row] = all_keys[:, ranges[row][1] - 1]
+        seen = torch.tensor(ranges)
+        answer, most = loops.attend_rows(query, own, keys, values, seen, 0.1)
         assert 0 < most < 2**22
+        for row, (first, end) in enumerate(ranges):
+            part = slice(row, row + 1)
+            alone = query[:, :, part], own[:, :, part], keys, values, seen[part], 0.1
+            assert torch.equal(loops.attend_rows(*alone)[0], answer[:, part]), "in any company"
+            folded = query[0, :, row].float().view(2, groups, width) * 0.1
+            scores = torch.einsum("hgd,hnd->hgn", folded, all_keys[:, first:end])
+            wanted = torch.einsum("hgn,hnd->hgd", scores.softmax(-1), all_values[:, first:end])
+            torch.testing.assert_close(
+                answer[0, row].float(), wanted.reshape(-1, width), rtol=0.02, atol=0.02
+            )
 
 
 @pytest.mark.parametrize("rows", [1, 5, 100])
@@ -107,7 +118,8 @@ def test_threads_share_rows_and_change_no_bits(loops: Native) -> None:
     rows, weight = drawn(1, 200, 96), drawn(96)
     keys, values = drawn(3, 4, 512, 66), drawn(3, 4, 512, 64)
     keys[..., 64], keys[..., 65] = -1, 0
-    query, own = drawn(1, 12, 1, 64), keys[2, :, 511:, :64][None]
+    query, own = drawn(1, 12, 3, 64), drawn(1, 4, 3, 64)
+    seen = torch.tensor([[3, 1534], [0, 1535], [9, 1536]])
 
     def computed() -> list[Tensor]:
         scores = rows[0, :, :1].expand(200, 512).contiguous()
@@ -117,7 +129,7 @@ def test_threads_share_rows_and_change_no_bits(loops: Native) -> None:
             loops.weigh(scores),
             scores,
             loops.dot(rows.view(2, 100, 1, 96).expand(-1, -1, 3, -1), rows.view(2, 100, 1, 96)),
-            loops.attend_row(query, own, keys, values, 0, (3, 1536), 0.1)[0],
+            loops.attend_rows(query, own, keys, values, seen, 0.1)[0],
         ]
 
     before, alone = torch.get_num_threads(), computed()

@@ -31,7 +31,9 @@ from lazyahead.draft.loss_limit import LossLimit
 from lazyahead.errors import ConfigError
 
 CPU_FLOAT32 = RowCost([(1, 1.0), (3, 1.1), (4, 2.0), (8, 3.2), (16, 6.0), (32, 12.0)])
-CPU_BFLOAT16 = RowCost([(1, 1.0), (16, 1.05), (32, 1.1), (64, 1.5), (128, 2.2)])
+CPU_BFLOAT16 = RowCost(
+    [(1, 1.0), (4, 1.02), (8, 1.1), (16, 1.25), (32, 1.5), (64, 2.0), (128, 3.0)]
+)
 GPU = RowCost([(1, 1.0), (4, 1.06), (16, 1.3), (64, 1.95), (128, 3.0)])
 
 _EDGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)

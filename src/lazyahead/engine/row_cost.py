@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lazyahead.draft.learned_cost import LearnedRowCost, prior_for
 from lazyahead.folders import cache_folder
+from lazyahead.hf.native import native
 from lazyahead.hf.ranks import num_ranks
 
 _LEARNED: WeakKeyDictionary[PreTrainedModel, dict[str, LearnedRowCost]] = WeakKeyDictionary()
@@ -57,5 +58,7 @@ def _key(model: PreTrainedModel) -> str:
     ranks = num_ranks(model)
     if ranks > 1:
         hardware += f"-tp{ranks}"
+    if not is_cuda and native(model.dtype) is not None:
+        hardware += "-loops"
     parts = [config, str(model.dtype), hardware, torch.__version__, "cpu time"]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]

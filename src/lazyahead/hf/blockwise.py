@@ -35,10 +35,9 @@ def attend(
     """Attention of T rows, query (1, H, T, D), whose own keys `own` (1, H_kv, T, D) stand last in
     `keys`: (1, T, H, D_v), contiguous, as the projection behind it wants it."""
     num_heads, num_rows, num_kv = query.shape[1], query.shape[2], own.shape[1]
-    if num_rows == 1:
-        answer = _one_row(query, own, keys.blocks, values.blocks, layout, heads)
-        if answer is not None:
-            return answer
+    answer = _few_rows(query, own, keys.blocks, values.blocks, layout, heads)
+    if answer is not None:
+        return answer
     if heads.softcap is None:  # else scores are capped after scaling
         query, heads = query * heads.scaling, heads._replace(scaling=1.0)
     groups = num_heads // num_kv
@@ -48,23 +47,22 @@ def attend(
     return out.view(1, num_rows, num_heads, -1)
 
 
-def _one_row(
+def _few_rows(
     query: Tensor, own: Tensor, keys: Tensor, values: Tensor, layout: Plan, heads: AttentionParams
 ) -> Tensor | None:
-    """A decode step's row, with as few calls as can be and the same arithmetic as `Work`. None: not
-    for this path."""
-    spans = layout.strips[0].spans
+    """The rows of a decode step, with as few calls as can be and the same arithmetic as `Work`.
+    None: not for this path."""
     is_plain = heads.softcap is None and heads.sinks is None
-    if not is_plain or len(spans) != 1 or layout.sees_first is not None:
+    if not is_plain or layout.seen is None or layout.sees_first is not None:
         return None
-    loops, seen, groups = native(query.dtype), spans[0].seen, query.shape[1] // own.shape[1]
-    if loops is None or not fits(groups, query.shape[3], values.shape[3]):
-        return _one_row_by_torch(query, own, keys, values, spans[0], heads)
-    if seen is None:
+    loops = native(query.dtype)
+    if loops is not None and fits(query.shape[1] // own.shape[1], query.shape[3], values.shape[3]):
+        answer, most = loops.attend_rows(query, own, keys, values, layout.seen, heads.scaling)
+        return answer if most < LARGE else None
+    spans = layout.strips[0].spans
+    if query.shape[2] > 1 or len(spans) > 1:
         return None
-    where = (spans[0].block, seen, heads.scaling)
-    answer, most = loops.attend_row(query, own, keys, values, *where)
-    return answer if most < LARGE else None
+    return _one_row_by_torch(query, own, keys, values, spans[0], heads)
 
 
 def _one_row_by_torch(

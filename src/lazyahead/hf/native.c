@@ -16,7 +16,8 @@ enum {
     LANES = 16,
     BLOCK = 512,  // slots per block of keys, as in cache/blocks.py
     EXTRA = 2,    // columns behind each key, -1 and 0
-    MOST_GROUPS = 16,
+    MOST_QUERIES = 16,  // that are computed together
+    HIDDEN = 0xff80,    // -inf
     MOST_WIDTH = 256,
 };
 
@@ -154,7 +155,7 @@ INLINE void score(const bf16 *query, const bf16 *keys, bf16 *scores, num groups,
     const __m512i extra = _mm512_set1_epi32(0xbf80);  // -1 and 0
     const __m512 hidden = _mm512_set1_ps(-__builtin_inff());
     for (num j = first / LANES * LANES; j < end; j += LANES) {
-        __m512 sums[MOST_GROUPS];
+        __m512 sums[MOST_QUERIES];
         for (num g = 0; g < groups; g++) sums[g] = _mm512_setzero_ps();
         for (num k = 0; k < width; k += 8) {
             __m512i parts[4];
@@ -177,7 +178,7 @@ INLINE void score(const bf16 *query, const bf16 *keys, bf16 *scores, num groups,
 INLINE void add_values(const bf16 *weights, const bf16 *values, float *answer, num groups,
                        num width, num first, num end) {
     for (num d = 0; d < width; d += LANES) {
-        __m512 sums[MOST_GROUPS];
+        __m512 sums[MOST_QUERIES];
         for (num g = 0; g < groups; g++) sums[g] = _mm512_setzero_ps();
         for (num j = first; j < end; j += 2) {
             const bf16 *at = values + j * width + d;
@@ -195,68 +196,87 @@ INLINE void add_values(const bf16 *weights, const bf16 *values, float *answer, n
     }
 }
 
-struct row {
-    const bf16 *query, *own, *first_keys, *keys, *values;  // keys and values from the first block
+struct rows {
+    const bf16 *query, *own, *keys, *values;
     bf16 *out;
-    num heads, groups, width, value_width, first, end;  // slots that are seen, from the first block
+    num heads, groups, width, value_width;
+    const num *seen;  // of each row the first slot that it sees, and the one behind the last
+    num first, end;   // of all rows
     float scaling;
 };
 
-// The answer of the query heads that share a key head; the largest of their sums of weights.
-INLINE float attend_head(const struct row *row, num head, num groups) {
-    const num width = row->width, wide = width + EXTRA, value_width = row->value_width;
-    bf16 query[MOST_GROUPS * (MOST_WIDTH + EXTRA)], scores[MOST_GROUPS * BLOCK];
-    float answer[MOST_GROUPS * MOST_WIDTH] = {0}, totals[MOST_GROUPS] = {0}, most = 0;
-    for (num g = 0; g < groups; g++) {
-        bf16 *at = query + g * wide;
+// The answers of the `count` queries that share a key head: `groups` of each row. The largest of
+// their sums of weights.
+INLINE float attend_head(const struct rows *rows, num head, num count) {
+    const num width = rows->width, wide = width + EXTRA, value_width = rows->value_width;
+    const num heads = rows->heads, groups = rows->groups;
+    bf16 query[MOST_QUERIES * (MOST_WIDTH + EXTRA)], scores[MOST_QUERIES * BLOCK];
+    float answer[MOST_QUERIES * MOST_WIDTH] = {0}, totals[MOST_QUERIES] = {0}, most = 0;
+    for (num q = 0; q < count; q++) {
+        const num row = q / groups, place = (row * heads + head) * groups + q % groups;
+        bf16 *at = query + q * wide;
         for (num i = 0; i < width; i += LANES)
-            store(at + i, _mm512_mul_ps(load(row->query + (head * groups + g) * width + i),
-                                        _mm512_set1_ps(row->scaling)));
-        bf16 own = dot(at, row->own + head * width, width);
-        bf16 first = dot(at, row->first_keys + head * BLOCK * wide, width);
+            store(at + i, _mm512_mul_ps(load(rows->query + place * width + i),
+                                        _mm512_set1_ps(rows->scaling)));
+        bf16 own = dot(at, rows->own + (row * heads + head) * width, width);
+        bf16 first = dot(at, rows->keys + head * BLOCK * wide, width);
         __m128 two = _mm_castsi128_ps(_mm_set_epi32(0, 0, first << 16, own << 16));
         at[width] = at[width + 1] = two[0] > two[1] ? own : first;
     }
-    for (num block = 0; block * BLOCK < row->end; block++) {
-        num at = block * row->heads + head, first = block ? 0 : row->first;
-        num end = row->end - block * BLOCK < BLOCK ? row->end - block * BLOCK : BLOCK;
+    for (num block = rows->first / BLOCK; block * BLOCK < rows->end; block++) {
+        num at = block * heads + head, begin = block * BLOCK;
+        num first = rows->first > begin ? rows->first - begin : 0;
+        num end = rows->end - begin < BLOCK ? rows->end - begin : BLOCK;
         num from = first / LANES * LANES, to = (end + LANES - 1) / LANES * LANES;
-        score(query, row->keys + at * BLOCK * wide, scores, groups, width, first, end);
-        for (num g = 0; g < groups; g++) totals[g] += weigh(scores + g * BLOCK + from, to - from);
-        const bf16 *values = row->values + at * BLOCK * value_width;
-        add_values(scores, values, answer, groups, value_width, from, to);
-    }
-    for (num g = 0; g < groups; g++) {
-        const __m512 total = _mm512_set1_ps(totals[g]);
-        for (num d = 0; d < value_width; d += LANES) {
-            __m512 sum = _mm512_loadu_ps(answer + g * value_width + d);
-            store(row->out + (head * groups + g) * value_width + d, _mm512_div_ps(sum, total));
+        score(query, rows->keys + at * BLOCK * wide, scores, count, width, first, end);
+        for (num q = 0; q < count; q++) {
+            const num *seen = rows->seen + q / groups * 2;
+            bf16 *own = scores + q * BLOCK;
+            for (num j = from; j < to && j < seen[0] - begin; j++) own[j] = HIDDEN;
+            for (num j = to; j > from && j > seen[1] - begin; j--) own[j - 1] = HIDDEN;
+            totals[q] += weigh(own + from, to - from);
         }
-        if (!(totals[g] <= most)) most = totals[g];  // also where it is no number
+        const bf16 *values = rows->values + at * BLOCK * value_width;
+        add_values(scores, values, answer, count, value_width, from, to);
+    }
+    for (num q = 0; q < count; q++) {
+        const num place = (q / groups * heads + head) * groups + q % groups;
+        const __m512 total = _mm512_set1_ps(totals[q]);
+        for (num d = 0; d < value_width; d += LANES) {
+            __m512 sum = _mm512_loadu_ps(answer + q * value_width + d);
+            store(rows->out + place * value_width + d, _mm512_div_ps(sum, total));
+        }
+        if (!(totals[q] <= most)) most = totals[q];  // also where it is no number
     }
     return most;
 }
 
-// One row over blocks of keys and values; the largest of its sums of weights.
-float attend_row(const bf16 *query, const bf16 *own, const bf16 *keys, const bf16 *values,
-                 bf16 *out, num heads, num groups, num width, num value_width, num block, num first,
-                 num end, float scaling, int threads) {
-    const num slots = block * heads * BLOCK;
-    const struct row row = {
-        query, own, keys, keys + slots * (width + EXTRA), values + slots * value_width,
-        out, heads, groups, width, value_width, first, end, scaling,
-    };
-    float tops[heads], most = 0;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && end - first >= BLOCK)
-    for (num head = 0; head < heads; head++) switch (groups) {
-        case 1: tops[head] = attend_head(&row, head, 1); break;
-        case 2: tops[head] = attend_head(&row, head, 2); break;
-        case 3: tops[head] = attend_head(&row, head, 3); break;
-        case 4: tops[head] = attend_head(&row, head, 4); break;
-        case 8: tops[head] = attend_head(&row, head, 8); break;
-        default: tops[head] = attend_head(&row, head, groups);
+// Few rows over blocks of keys and values; the largest of their sums of weights.
+float attend_rows(const bf16 *query, const bf16 *own, const bf16 *keys, const bf16 *values,
+                  bf16 *out, const num *seen, num count, num heads, num groups, num width,
+                  num value_width, float scaling, int threads) {
+    float most = 0;
+    const num together = MOST_QUERIES / groups;
+    for (num row = 0; row < count; row += together) {
+        const num num_rows = count - row < together ? count - row : together;
+        struct rows rows = {
+            query + row * heads * groups * width, own + row * heads * width, keys, values,
+            out + row * heads * groups * value_width, heads, groups, width, value_width,
+            seen + row * 2, seen[row * 2], seen[row * 2 + 1], scaling,
+        };
+        for (num i = 0; i < num_rows; i++) {
+            if (rows.seen[i * 2] < rows.first) rows.first = rows.seen[i * 2];
+            if (rows.seen[i * 2 + 1] > rows.end) rows.end = rows.seen[i * 2 + 1];
+        }
+        float tops[heads];
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows.end - rows.first >= BLOCK)
+        for (num head = 0; head < heads; head++) switch (num_rows * groups) {
+#define CASE(n) case n: tops[head] = attend_head(&rows, head, n); break;
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(6) CASE(8) CASE(9) CASE(12) CASE(15) CASE(16)
+            default: tops[head] = attend_head(&rows, head, num_rows * groups);
+        }
+        for (num head = 0; head < heads; head++)
+            if (!(tops[head] <= most)) most = tops[head];
     }
-    for (num head = 0; head < heads; head++)
-        if (!(tops[head] <= most)) most = tops[head];
     return most;
 }

@@ -29,7 +29,7 @@ ENVIRONMENT = "LAZYAHEAD_NATIVE"
 """0 leaves all to torch."""
 LANES = 16
 """Rows are computed in vectors of so many numbers; other widths are left to torch."""
-_MOST_GROUPS, _MOST_WIDTH = 16, 256
+_MOST_QUERIES, _MOST_WIDTH = 16, 256
 _SOURCE = Path(__file__).with_name("native.c")
 _COMPILERS = ("cc", "gcc", "clang")
 _EXTENSIONS = ("fma", "avx2", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16")
@@ -43,7 +43,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "silu_mul": (*[_POINTER] * 3, _NUM, _NUM, _NUM, _INT),
     "weigh_rows": (*[_POINTER] * 2, _NUM, _NUM, _INT),
     "dot_rows": (*[_POINTER] * 5, *[_NUM] * 4, _INT),
-    "attend_row": (*[_POINTER] * 5, *[_NUM] * 7, _FLOAT, _INT),
+    "attend_rows": (*[_POINTER] * 6, *[_NUM] * 5, _FLOAT, _INT),
 }
 
 
@@ -107,7 +107,7 @@ class Native:
     def __init__(self, library: ctypes.CDLL) -> None:
         for name, types in _SIGNATURES.items():
             getattr(library, name).argtypes = types
-        library.attend_row.restype = _FLOAT
+        library.attend_rows.restype = _FLOAT
         self._library = library
 
     def rms_norm(
@@ -159,25 +159,24 @@ class Native:
         )
         return out
 
-    def attend_row(
+    def attend_rows(
         self,
         query: Tensor,
         own: Tensor,
         keys: Tensor,
         values: Tensor,
-        block: int,
-        seen: tuple[int, int],
+        seen: Tensor,
         scaling: float,
     ) -> tuple[Tensor, float]:
-        """One row, query (1, H, 1, D) and own key (1, H_kv, 1, D), over blocks of keys and values:
-        its answer (1, 1, H, D_v), and the largest sum of weights. The slots at `seen` are counted
-        from `block` on."""
-        (_, num_heads, _, width), num_kv = query.shape, own.shape[1]
-        query, own = query.contiguous(), own.contiguous()
-        out = torch.empty((1, 1, num_heads, values.shape[-1]), dtype=query.dtype)
-        most = self._library.attend_row(
-            *(part.data_ptr() for part in (query, own, keys, values, out)),
-            *(num_kv, num_heads // num_kv, width, values.shape[-1], block, *seen),
+        """Few rows, query (1, H, T, D) and own keys (1, H_kv, T, D), over blocks of keys and
+        values: their answers (1, T, H, D_v), and the largest sum of weights. `seen` (T, 2): of each
+        row the first slot that it sees, and the one behind the last."""
+        (_, num_heads, num_rows, width), num_kv = query.shape, own.shape[1]
+        query, own = query.transpose(1, 2).contiguous(), own.transpose(1, 2).contiguous()
+        out = torch.empty((1, num_rows, num_heads, values.shape[-1]), dtype=query.dtype)
+        most = self._library.attend_rows(
+            *(part.data_ptr() for part in (query, own, keys, values, out, seen)),
+            *(num_rows, num_kv, num_heads // num_kv, width, values.shape[-1]),
             *(scaling, torch.get_num_threads()),
         )
         return out, most
@@ -186,7 +185,7 @@ class Native:
 def fits(groups: int, *widths: int) -> bool:
     """Whether heads of these widths, `groups` to a key head, can be computed."""
     are_whole = all(width % LANES == 0 and width <= _MOST_WIDTH for width in widths)
-    return are_whole and groups <= _MOST_GROUPS
+    return are_whole and groups <= _MOST_QUERIES
 
 
 def _has_same_bits(loops: Native) -> bool:
@@ -201,7 +200,8 @@ def _has_same_bits(loops: Native) -> bool:
         keys[..., width], keys[..., width + 1] = -1, 0
         query, own = drawn(1, 2 * groups, 1, width), keys[0, :, -1:, :width][None]
         scaling = width**-0.5
-        answer, _ = loops.attend_row(query, own, keys, values, 0, (0, BLOCK), scaling)
+        seen = torch.tensor([[0, BLOCK]])
+        answer, _ = loops.attend_rows(query, own, keys, values, seen, scaling)
         folded = (query * scaling).view(2, 1, groups, width)
         firsts = (own[0, :, None], keys[0, :, None, :1, :width])
         shift = torch.maximum(*(loops.dot(folded, key) for key in firsts))

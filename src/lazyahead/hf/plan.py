@@ -19,6 +19,8 @@ _TILE = _ROWS * BLOCK
 """Scores per key head that are weighed in one go: they stay in the second-level cache."""
 _FEW = 64
 """Rows times grouped heads up to which nothing is trimmed: whole blocks go in one call."""
+_SHORT = 16
+"""Rows up to which each is computed over its own range of slots."""
 _TRIM = 64
 """Where trailing zeros do not change a product's bits (bf16), large products end at a multiple of
 this."""
@@ -34,18 +36,6 @@ class Span(NamedTuple):
     biases: tuple[tuple[int, Tensor | slice], ...]
     """By block in the span: (R, 1, width) 0 where a row sees a slot, else -inf, or which slots a
     single row sees; in other blocks all see all."""
-
-    @property
-    def seen(self) -> tuple[int, int] | None:
-        """The slots that a single row sees, counted from the span's first; None: there are gaps."""
-        first, end = 0, self.num_blocks * BLOCK
-        for at, bias in self.biases:
-            if not isinstance(bias, slice):
-                return None
-            if (bias.start and at > 0) or (bias.stop < BLOCK and at < self.num_blocks - 1):
-                return None
-            first, end = max(first, bias.start), min(end, at * BLOCK + bias.stop)
-        return first, end
 
     def only(self, rows: Tensor) -> Span:
         """For some of the rows, by their number."""
@@ -100,6 +90,9 @@ class Plan(NamedTuple):
     sees_first: Tensor | None
     """(T, 1, 1) bool: rows that see slot 0; None: all do."""
     branches: Branches | None
+    seen: Tensor | None
+    """(T, 2) of each of few rows the first slot that it sees, and the one behind the last; None:
+    there are gaps, or many rows."""
 
     @property
     def num_plain(self) -> int:
@@ -135,9 +128,10 @@ def plan(
         )
         branches = _branches(positions[num_plain:], key_positions, paths, base, sight)
     first = sight.visible(positions, key_positions[:1])
-    return Plan(
-        num_rows, num_keys, strips, None if bool(first.all()) else first[..., None], branches
-    )
+    sees_first = None if bool(first.all()) else first[..., None]
+    is_short = num_rows <= _SHORT and branches is None
+    seen = sight.ranges(positions, key_positions) if is_short else None
+    return Plan(num_rows, num_keys, strips, sees_first, branches, seen)
 
 
 class _Sight(NamedTuple):
@@ -160,6 +154,15 @@ class _Sight(NamedTuple):
             is_near = (key_positions > queries - self.near.num_tokens) | (key_positions < NUM_SINKS)
             seen &= is_near | (queries >= self.near.until)
         return seen
+
+    def ranges(self, positions: Tensor, key_positions: Tensor) -> Tensor | None:
+        """`Plan.seen`."""
+        seen = self.visible(positions, key_positions)
+        numbers = torch.arange(1, seen.shape[1] + 1)
+        ends = (seen * numbers).amax(1)
+        firsts = ends - seen.sum(1)
+        has_gaps = seen.shape[1] - (seen * numbers.flip(0)).amax(1) != firsts
+        return None if bool(has_gaps.any()) else torch.stack([firsts, ends], 1)
 
     def strips(
         self, positions: Tensor, key_positions: Tensor, offset: int = 0
