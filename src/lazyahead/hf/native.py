@@ -58,7 +58,8 @@ def _made() -> Native | None:
     wanted = os.environ.get(ENVIRONMENT, "")
     if wanted not in ("", "0", "1"):
         raise ConfigError(f"{ENVIRONMENT} is 0 or 1, got {wanted!r}")
-    if wanted == "0" or not torch.cpu._is_avx512_bf16_supported():
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    if wanted == "0" or not has_bf16():
         return None
     path = _compiled()
     if path is None:
