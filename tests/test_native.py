@@ -234,3 +234,11 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAZYAHEAD_NATIVE", "yes")
     with pytest.raises(ConfigError, match="yes"):
         native()
+
+
+def test_a_wrong_setting_is_named_and_no_reason_to_defer_nothing(
+    anew: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAZYAHEAD_NATIVE", "yes")
+    with pytest.raises(ConfigError, match="LAZYAHEAD_NATIVE is 0 or 1, got 'yes'"):
+        LLM(FAMILIES["llama"]().bfloat16())

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lazyahead.cache.kv import GrowableTensor, LayerKV
+from lazyahead.errors import ConfigError
 from lazyahead.hf.attach import attachment_of
 from lazyahead.hf.model_spec import ModelSpec, declared_types, inspect_model
 from lazyahead.hf.plain_runner import PlainRunner
@@ -85,6 +86,8 @@ def _examine(model: PreTrainedModel) -> tuple[Support, ModelSpec | None, bool]:
         _check_deferring(model, spec)
     except Unfit as unfit:
         reason = str(unfit)
+    except ConfigError:  # a setting of the environment
+        raise
     except Exception as error:
         reason = f"its forward does not fit the seams ({_in_short(error)})"
         is_final = False
