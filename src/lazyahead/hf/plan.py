@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -80,19 +82,25 @@ class Branches(NamedTuple):
     """(M,) for each draft its place in (L, Q), flat."""
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True)
+class Plan:
     """Which row needs which keys: made once per pass, shared by all layers with the same rows, keys
     and windows."""
 
     num_rows: int
     num_keys: int
-    strips: tuple[Strip, ...]
+    make_strips: Callable[[], tuple[Strip, ...]]
     sees_first: Tensor | None
     """(T, 1, 1) bool: rows that see slot 0; None: all do."""
     branches: Branches | None
     seen: Tensor | None
     """(T, 2) of each of few rows the first slot that it sees, and the one behind the last; None:
     there are gaps, or many rows."""
+
+    @cached_property
+    def strips(self) -> tuple[Strip, ...]:
+        """Made at the first use: few rows that see ranges of slots need none."""
+        return self.make_strips()
 
     @property
     def num_plain(self) -> int:
@@ -117,16 +125,20 @@ def plan(
     sight = _Sight(heads, near, groups, dtype)
     num_rows, num_keys = positions.numel(), key_positions.numel()
     paths = [] if ancestors is None else [row.nonzero()[:, 0].tolist() for row in ancestors]
-    if all(path == list(range(len(path))) for path in paths):  # no drafts or one branch
-        strips, branches = sight.strips(positions, key_positions), None
-    else:
+    branches, num_plain, base = None, num_rows, num_keys
+    if any(path != list(range(len(path))) for path in paths):  # drafts on several branches
         num_plain, committed = num_rows - len(paths), num_keys - len(paths)
         base = committed // BLOCK * BLOCK
-        strips = (
-            *sight.strips(positions[:num_plain], key_positions[:committed]),
+        branches = _branches(positions[num_plain:], key_positions, paths, base, sight)
+
+    def strips() -> tuple[Strip, ...]:
+        if branches is None:
+            return sight.strips(positions, key_positions)
+        return (
+            *sight.strips(positions[:num_plain], key_positions[: num_keys - len(paths)]),
             *sight.strips(positions[num_plain:], key_positions[:base], offset=num_plain),
         )
-        branches = _branches(positions[num_plain:], key_positions, paths, base, sight)
+
     first = sight.visible(positions, key_positions[:1])
     sees_first = None if bool(first.all()) else first[..., None]
     is_short = num_rows <= _SHORT and branches is None
