@@ -9,7 +9,10 @@ from torch import nn
 
 from lazyahead import LLM
 from lazyahead.errors import ConfigError
+from lazyahead.hf import few_rows as few_rows_module
 from lazyahead.hf import packed
+from lazyahead.hf.few_rows import few_rows
+from lazyahead.hf.native import native
 from lazyahead.hf.packed import packed_of
 from lazyahead.sampling import Sampling
 
@@ -95,3 +98,46 @@ def test_answers_are_the_same_packed(family):
         answers.append(completion.token_ids)
         assert all("forward" not in module.__dict__ for module in llm.model.modules())
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(("width", "size"), [(576, 192), (640, 2048), (1536, 576), (2048, 640)])
+@pytest.mark.parametrize("has_bias", [False, True])
+@torch.no_grad()
+def test_few_rows_have_the_bits_that_they_have_among_many(width, size, has_bias):
+    if native() is None:
+        pytest.skip("no AVX-512 bf16, or no C compiler")
+    torch.manual_seed(width)
+    layers = [nn.Linear(width, n, bias=has_bias, dtype=torch.bfloat16) for n in (size, 64)]
+    product = few_rows(layers)
+    assert product is not None
+    rows = torch.randn(1, 512, width).bfloat16()
+    wanted = torch.cat([layer(rows) for layer in layers], -1)
+    for count in range(1, 9):
+        parts = rows[:, : 512 // count * count].split(count, 1)
+        found = torch.cat([product(part) for part in parts], 1)
+        assert torch.equal(found, wanted[:, : found.shape[1]]), count
+
+
+def test_rows_are_left_to_torch_where_it_sums_in_another_order(monkeypatch):
+    monkeypatch.setattr(few_rows_module, "_PARTS", (7 * 8,))
+    few_rows_module._part.cache_clear()
+    try:
+        assert few_rows([nn.Linear(576, 192, dtype=torch.bfloat16)]) is None
+        model, _ = mlp("bfloat16")
+        assert packed_of(model, False) is None
+    finally:
+        few_rows_module._part.cache_clear()
+
+
+@torch.no_grad()
+def test_without_packed_weights_few_rows_have_the_same_bits_and_take_no_memory():
+    model, rows = mlp("bfloat16")
+    held, plain = packed_of(model, False), model(rows)
+    if native() is None:
+        assert held is None
+        return
+    assert held.nbytes == 0
+    with held.attached():
+        found = torch.cat([model(part) for part in rows.split(4, 1)], 1)
+        assert torch.equal(found, plain)
+        assert torch.equal(model(rows), plain)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lazyahead.cache.session import Session
 from lazyahead.errors import ConfigError, SessionFileError
+from lazyahead.hf.attach import dtype_name
 from lazyahead.llm import LLM
 
 _EVERYBODYS, _OWN = "shared", "own"
@@ -34,7 +35,7 @@ class DocumentStore:
     def path(self, token_ids: Sequence[int], namespace: str | None = None) -> Path:
         """Where the document with this beginning is, or would be."""
         prefill = None if self._llm.prefill is None else self._llm.prefill.to_dict()
-        owner = [namespace, prefill, str(self._llm.model.dtype), list(token_ids)]
+        owner = [namespace, prefill, f"torch.{dtype_name(self._llm.model)}", list(token_ids)]
         digest = hashlib.blake2b(json.dumps(owner).encode(), digest_size=16).hexdigest()
         kind = _EVERYBODYS if namespace is None else _OWN
         return self.folder / f"{kind}-{digest}.safetensors"

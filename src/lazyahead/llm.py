@@ -21,7 +21,7 @@ from lazyahead.config import LazyPrefill, Lookahead
 from lazyahead.draft.drafter import Drafter
 from lazyahead.engine.engine import Engine
 from lazyahead.errors import RequestError, SessionFileError
-from lazyahead.hf.load import eos_ids, load, load_tokenizer, max_context
+from lazyahead.hf.load import adopt, eos_ids, load, load_tokenizer, max_context
 from lazyahead.hf.plain_tensors import plain_tensors
 from lazyahead.hf.probe import probe
 from lazyahead.hf.unwrap import unwrap
@@ -48,6 +48,8 @@ class LLM:
 
     `model` is a folder, a hub name, or a loaded model, also inside `torch.compile` or PEFT's
     adapters (then give its `tokenizer`, or pass prompts as token ids); None is the built-in reader.
+    `dtype` is that of the weights, `"auto"` as they were saved; `"int8"` is for a CPU: bfloat16,
+    with linear layers in 8-bit integers beside the plain ones, sooner and not quite the same.
     `prefill` and `decode` are the two strategies, as configs or by name (`"balanced"`,
     `"lookahead"`, `"off"`); None is plain. `decode` may also be a drafter of your own. `packed`
     lets linear layers on the CPU use weights packed for it, beside the plain ones: None does so
@@ -118,6 +120,7 @@ class LLM:
             self.tokenizer = tokenizer or loaded
         else:
             self.model, self.tokenizer = unwrap(model), tokenizer
+            adopt(self.model, dtype, device)
         with plain_tensors():
             self.support = probe(self.model)
             cache = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None

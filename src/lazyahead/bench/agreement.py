@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lazyahead.bench import baseline
 from lazyahead.config import LazyPrefill, Lookahead
+from lazyahead.hf.attach import dtype_name
 from lazyahead.integrations.hf_generate import accelerate
 from lazyahead.llm import LLM
 from lazyahead.reader import CATEGORIES, samples
@@ -89,7 +90,7 @@ class Agreement:
             "diverged": sum(map(len, self.divergences.values())),
             "first_divergence": self._first,
             "first_gap": None if self._first is None else self._first["logit_gap"],
-            "dtype": str(self._llm.model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self._llm.model),
             "checks": {check: len(found) for check, found in self.divergences.items()},
             "not_checked": None if "drafting" in self.divergences else self._llm.support.reason,
             "tokens_per_step": self._num_drafted / self._num_steps if self._num_steps else 1.0,

@@ -15,6 +15,7 @@ import torch
 from lazyahead.bench.bootstrap import Interval, ratio_interval
 from lazyahead.bench.data.encode import encode_answer, without_context
 from lazyahead.bench.data.sample import Sample
+from lazyahead.hf.attach import dtype_name
 from lazyahead.integrations.likelihood import dictate
 from lazyahead.llm import LLM
 from lazyahead.text import Prompt
@@ -42,7 +43,8 @@ class Likelihood(NamedTuple):
 
 def measure_likelihood(llm: LLM, ways: Sequence[LLM], sample: Sample, prompt: Prompt) -> Likelihood:
     """Dictates the sample's first right answer to the plain model, with context and without, and,
-    where the context adds enough, to each of `ways`."""
+    where the context adds enough, to each of `ways`. Where `llm` is in 8-bit integers, which the
+    plain model is not, it is the first way itself."""
     answer = encode_answer(llm.tokenizer, sample, LONGEST_ANSWER)
     if not answer:
         return Likelihood(1, 0.0, 0.0, ())
@@ -52,7 +54,10 @@ def measure_likelihood(llm: LLM, ways: Sequence[LLM], sample: Sample, prompt: Pr
     if not found.counts:
         return found
     pairs, questions = [(prompt.token_ids, answer)], [prompt.question]
-    return found._replace(ways=(full, *(dictate(way, pairs, questions)[0][0] for way in ways)))
+    is_plain = dtype_name(llm.model) != "int8"
+    ways = ways if is_plain else [llm, *ways]
+    own = tuple(dictate(way, pairs, questions)[0][0] for way in ways)
+    return found._replace(ways=(full, *own) if is_plain else own)
 
 
 def kept_interval(likelihoods: Sequence[Likelihood], way: int, seed: int = 0) -> Interval | None:

@@ -24,7 +24,7 @@ class Machine(TypedDict):
     transformers: str
 
 
-def machine(device: torch.device, dtype: torch.dtype) -> Machine:
+def machine(device: torch.device, dtype: torch.dtype | str) -> Machine:
     """This machine, as the model on `device` sees it."""
     return Machine(
         cpu=cpu_name(),

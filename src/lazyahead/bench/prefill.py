@@ -50,10 +50,10 @@ class Subject:
             given = {name: value for name, value in given.items() if value is not None}
             return LLM(**given, prefill=prefill, decode=None)
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = getattr(torch, self.dtype or "bfloat16")
-        return LLM(
-            build_shape(self.shape, dtype, device, self.max_context), prefill=prefill, decode=None
-        )
+        wanted = self.dtype or "bfloat16"
+        dtype = torch.bfloat16 if wanted == "int8" else getattr(torch, wanted)
+        model = build_shape(self.shape, dtype, device, self.max_context)
+        return LLM(model, dtype=wanted, prefill=prefill, decode=None)
 
 
 @dataclass(frozen=True)

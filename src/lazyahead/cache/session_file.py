@@ -29,6 +29,7 @@ from lazyahead.cache.session_check import (
     counts,
 )
 from lazyahead.errors import SessionFileError
+from lazyahead.hf.attach import dtype_name
 from lazyahead.hf.fingerprint import model_fingerprint, weights_fingerprint
 from lazyahead.hf.load import max_context
 from lazyahead.prefill.config import LazyPrefill
@@ -167,7 +168,7 @@ def _owner(model: PreTrainedModel, prefill: LazyPrefill | None) -> dict[str, str
     return {
         "model": model_fingerprint(model),
         "weights": weights_fingerprint(model),
-        "dtype": str(model.dtype),
+        "dtype": f"torch.{dtype_name(model)}",
         "prefill": json.dumps(settings, sort_keys=True),
     }
 

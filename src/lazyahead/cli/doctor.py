@@ -43,13 +43,15 @@ def doctor(
     load_torch()
     import torch
 
+    from lazyahead.hf.attach import dtype_name
+    from lazyahead.hf.int8 import why_not
     from lazyahead.hf.load import load, max_context
     from lazyahead.hf.native import native
     from lazyahead.hf.probe import Support, probe
     from lazyahead.hf.steady import fewest_rows, is_steady
     from lazyahead.reader import reader_path
 
-    where = (torch.device("cpu"), torch.get_default_dtype())
+    where: tuple[torch.device, str] = (torch.device("cpu"), str(torch.get_default_dtype()))
     more: dict[str, Any] = {}
     with progress("loading and probing the model"), options.quiet_transformers():
         try:
@@ -58,15 +60,17 @@ def doctor(
             support = Support("none", str(error), "unknown", 0)
         else:
             support = probe(loaded)
-            where = (loaded.device, loaded.dtype)
+            where = (loaded.device, dtype_name(loaded))
+            num_rows = fewest_rows(loaded.device, loaded.dtype)
             more = {
                 "num_parameters": sum(parameter.numel() for parameter in loaded.parameters()),
                 "max_context": max_context(loaded),
-                "exact": loaded.dtype == torch.float32 or (fewest_rows(*where) > 1 and is_steady()),
+                "exact": loaded.dtype == torch.float32 or (num_rows > 1 and is_steady()),
                 "chat_template": bool(tokenizer.chat_template),
             }
             if loaded.device.type == "cpu" and loaded.dtype == torch.bfloat16:
                 more["compiled_loops"] = native() is not None
+                more["int8"] = why_not() is None
     fields = {**_support_fields(support), **more}
     fields["free_memory_gb"] = round(psutil.virtual_memory().available / 2**30, 1)
     fields["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "")

@@ -43,6 +43,7 @@ def index(
             raise RequestError(f"{file} holds no text")
     load_torch()
     from lazyahead.documents import DocumentStore
+    from lazyahead.hf.attach import dtype_name
 
     llm = options.Loading(model, dtype, device, prefill).load()
     store = DocumentStore(llm, out)
@@ -52,7 +53,7 @@ def index(
             report(f"{file.name}, {num} of {len(texts)}")
             rows.append({"file": str(file), **_index(llm, store, text)})
     if json:
-        where = (llm.model.device, llm.model.dtype)
+        where = (llm.model.device, dtype_name(llm.model))
         config = {"prefill": llm.prefill and llm.prefill.to_dict()}
         print_json(envelope(llm.name, where, config, 0, 1, {"out": str(out), "rows": rows}))
     else:

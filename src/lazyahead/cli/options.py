@@ -34,7 +34,7 @@ Model = Annotated[
         "--model", "-m", help="Folder, GGUF file or hub name. Left out: the built-in reader."
     ),
 ]
-Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16 or int8 (CPU).")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 and so on.")]
 TensorParallel = Annotated[
     int, typer.Option("--tp", min=1, help="Processes that share the model: one a GPU.")

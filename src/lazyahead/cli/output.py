@@ -33,9 +33,10 @@ def record(
     """What `--json` prints: the results, and all that is needed to get them again."""
     prefill = llm.prefill.to_dict() if llm.prefill else None
     from lazyahead.draft.factory import describe
+    from lazyahead.hf.attach import dtype_name
 
     decode = describe(llm.decode)
-    where = (llm.model.device, llm.model.dtype)
+    where = (llm.model.device, dtype_name(llm.model))
     return envelope(
         llm.name, where, {"prefill": prefill, "decode": decode, **config}, seed, runs, results
     )
@@ -43,7 +44,7 @@ def record(
 
 def envelope(
     model: str,
-    where: tuple[torch.device, torch.dtype],
+    where: tuple[torch.device, torch.dtype | str],
     config: dict[str, Any],
     seed: int | None,
     runs: int,

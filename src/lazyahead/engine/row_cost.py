@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lazyahead.draft.learned_cost import LearnedRowCost, prior_for
 from lazyahead.folders import cache_folder
+from lazyahead.hf.attach import dtype_name
 from lazyahead.hf.native import native
 from lazyahead.hf.ranks import num_ranks
 
@@ -30,7 +31,7 @@ def row_cost_of(model: PreTrainedModel) -> LearnedRowCost:
     with _LOCK:
         known = _LEARNED.setdefault(model, {})
         if key not in known:
-            prior = prior_for(model.device.type, str(model.dtype).removeprefix("torch."))
+            prior = prior_for(model.device.type, dtype_name(model))
             known[key] = LearnedRowCost.load(cache_folder() / "row_cost" / f"{key}.json", prior)
         return known[key]
 
@@ -59,6 +60,6 @@ def _key(model: PreTrainedModel) -> str:
     if ranks > 1:
         hardware += f"-tp{ranks}"
     if not is_cuda and native(model.dtype) is not None:
-        hardware += "-loops"
-    parts = [config, str(model.dtype), hardware, torch.__version__, "cpu time"]
+        hardware += "-linear loops"
+    parts = [config, dtype_name(model), hardware, torch.__version__, "cpu time"]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]

@@ -11,14 +11,18 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from lazyahead.hf.batch import Batch
+from lazyahead.errors import ConfigError, UnsupportedModelError
 from lazyahead.hf.fused import Fused
-from lazyahead.hf.packed import Packed, packed_of
+from lazyahead.hf.int8 import why_not
+from lazyahead.hf.packed import Packed, int8_of, packed_of
+
+if TYPE_CHECKING:
+    from lazyahead.hf.batch import Batch
 
 current: ContextVar[Batch | None] = ContextVar("lazyahead_batch", default=None)
 """The pass that runs in this context; None outside passes."""
@@ -33,7 +37,7 @@ class Attachment:
         self.owner: Any = None
         """What the hooks were made for; another owner gets new ones."""
         self.packed: Packed | None = None
-        """Packed weights that linear layers use while hooks are in place."""
+        """Products that linear layers use while hooks are in place."""
         self._fused: Fused | None = None
         self._count = 0
         self._hooks = ExitStack()
@@ -44,6 +48,21 @@ class Attachment:
         with self.lock:
             if self.packed is None:
                 self.packed = packed_of(model, wanted)
+
+    def quantize(self, model: PreTrainedModel) -> None:
+        """Lets linear layers compute in 8-bit integers, for all engines. Raises ConfigError where
+        the device or the processor cannot, UnsupportedModelError for a model without any."""
+        reason = why_not() if model.device.type == "cpu" else f"the model is on {model.device}"
+        if reason is not None:
+            raise ConfigError(f"dtype int8 runs on a CPU: {reason}; use bfloat16")
+        with self.lock:
+            packed = int8_of(model)
+            if packed is None:
+                raise UnsupportedModelError(
+                    f"{model.config.model_type} has no linear layer that dtype int8 could be for; "
+                    "use bfloat16"
+                )
+            self.packed = packed
 
     def fuse(self, model: PreTrainedModel) -> None:
         """Finds the modules that have loops of their own, once for all engines."""
@@ -69,6 +88,16 @@ class Attachment:
         with self.lock, ExitStack() as stack:
             self._guard(model, stack)
             yield
+
+    @contextmanager
+    def unpacked(self) -> Iterator[None]:
+        """Inside, hooks that are put in place leave linear layers as they are."""
+        with self.lock:
+            packed, self.packed = self.packed, None
+            try:
+                yield
+            finally:
+                self.packed = packed
 
     def _enter(
         self, model: PreTrainedModel, owner: Any, hook_up: Callable[[ExitStack], None]
@@ -127,3 +156,11 @@ def attachment_of(model: PreTrainedModel) -> Attachment:
     """The one attachment of a model."""
     with _registry_lock:
         return _attachments.setdefault(model, Attachment())
+
+
+def dtype_name(model: PreTrainedModel) -> str:
+    """What the model computes in: `float32`, `bfloat16`, `float16`, or `int8` where its linear
+    layers do and the rest is in bfloat16."""
+    packed = attachment_of(model).packed
+    is_int8 = packed is not None and packed.is_int8
+    return "int8" if is_int8 else str(model.dtype).removeprefix("torch.")

@@ -18,6 +18,7 @@ from lazyahead.errors import (
     OutOfMemoryError,
     UnsupportedModelError,
 )
+from lazyahead.hf.attach import attachment_of, dtype_name
 from lazyahead.hf.folder import check_keys, check_objects, check_weights
 from lazyahead.hf.gguf import gguf_config, is_gguf, load_gguf
 from lazyahead.hf.ranks import accelerator, load_options, num_ranks
@@ -32,22 +33,27 @@ VOCABULARIES = (
     "spiece.model",
     "tekken.json",
 )
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 
 def load(
     name: str, dtype: str | torch.dtype = "auto", device: str = "auto", tp: int = 1
 ) -> tuple[PreTrainedModel, Any]:
     """Model (in eval mode) and tokenizer. With `tp` above 1, this rank's share of the model: every
-    rank of the process group must call it.
+    rank of the process group must call it. `int8`: in bfloat16, with linear layers in 8-bit
+    integers for our engines.
 
     Raises ConfigError for an unknown dtype or device, ModelNotFoundError when there is nothing to
     load, UnsupportedModelError when transformers does not know the architecture, ModelError when
     files are damaged or weights are missing.
     """
-    dtype = str(dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    dtype = _checked_dtype(dtype)
+    if dtype == "int8":
+        if tp > 1:
+            raise ConfigError(f"dtype int8 is for one process, got tp={tp}; use bfloat16")
+        model, tokenizer = load(name, "bfloat16", device)
+        attachment_of(model).quantize(model)
+        return model, tokenizer
     target, name = _device(device), _expanded(name)
     if is_gguf(name):
         return load_gguf(name, dtype, target)
@@ -75,6 +81,27 @@ def load(
         raise
     except Exception as error:  # whatever a damaged file leads transformers to
         raise UnsupportedModelError(f"cannot load model {name!r}: {_first_line(error)}") from None
+
+
+def adopt(model: PreTrainedModel, dtype: str | torch.dtype, device: str) -> None:
+    """A model that was loaded elsewhere, as it is; `int8` lets one in bfloat16 compute in 8-bit
+    integers. Raises ConfigError for another dtype or device than it has."""
+    dtype, own = _checked_dtype(dtype), dtype_name(model)
+    if dtype == "int8" and own == "bfloat16":
+        attachment_of(model).quantize(model)
+    elif dtype not in ("auto", own):
+        raise ConfigError(f"the model was loaded in {own}; load it in {dtype}, or leave dtype out")
+    if device != "auto" and not str(model.device).startswith(str(_device(device))):
+        raise ConfigError(
+            f"the model is on {model.device}; move it to {device}, or leave device out"
+        )
+
+
+def _checked_dtype(dtype: str | torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return name
 
 
 def load_tokenizer(name: str) -> Any:

@@ -17,6 +17,7 @@ enum {
     BLOCK = 512,  // slots per block of keys, as in cache/blocks.py
     EXTRA = 2,    // columns behind each key, -1 and 0
     MOST_QUERIES = 16,  // that are computed together
+    MOST_ROWS = 8,      // of a linear layer
     HIDDEN = 0xff80,    // -inf
     MOST_WIDTH = 256,
 };
@@ -83,6 +84,178 @@ void silu_mul(const bf16 *gate, const bf16 *up, bf16 *out, num count, num width,
     }
 }
 
+// --- linear layers over few rows ----------------------------------------------------------------
+
+// 16 bytes of each of 16 rows, `stride` bytes apart: four vectors of four bytes of each.
+INLINE void transposed(const void *in, num stride, __m512i *out) {
+    __m512i rows[4];
+    for (int i = 0; i < 4; i++) {
+        const char *at = (const char *)in + i * stride;
+        __m512i x = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)at));
+        x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(at + 4 * stride)), 1);
+        x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(at + 8 * stride)), 2);
+        rows[i] = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(at + 12 * stride)), 3);
+    }
+    __m512i a = _mm512_unpacklo_epi32(rows[0], rows[1]);
+    __m512i b = _mm512_unpackhi_epi32(rows[0], rows[1]);
+    __m512i c = _mm512_unpacklo_epi32(rows[2], rows[3]);
+    __m512i d = _mm512_unpackhi_epi32(rows[2], rows[3]);
+    out[0] = _mm512_unpacklo_epi64(a, c);
+    out[1] = _mm512_unpackhi_epi64(a, c);
+    out[2] = _mm512_unpacklo_epi64(b, d);
+    out[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+// The four bytes at `at`, in all lanes.
+INLINE __m512i spread(const void *at) {
+    int32_t bytes;
+    memcpy(&bytes, at, sizeof bytes);
+    return _mm512_set1_epi32(bytes);
+}
+
+// Adds the products of pairs in `a` with the pair at `b`.
+INLINE __m512 add_pairs(__m512 sum, __m512i a, const bf16 *b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)spread(b));
+}
+
+// Brings 16 lines of memory close, in their order: what the processor does not foresee where 16 rows
+// are read side by side.
+INLINE void fetch(const void *at) {
+    for (int i = 0; i < 16; i++) _mm_prefetch((const char *)at + 64 * i, _MM_HINT_T1);
+}
+
+// The products of `count` rows with 16 rows of weights, summed in parts of `part` columns.
+INLINE void linear_16(const bf16 *in, const bf16 *weight, const bf16 *bias, bf16 *out, num count,
+                      num width, num stride, num part) {
+    __m512 totals[MOST_ROWS];
+    for (num begin = 0; begin < width; begin += part) {
+        const num end = begin + part < width ? begin + part : width;
+        __m512 sums[MOST_ROWS];
+        for (num r = 0; r < count; r++) sums[r] = _mm512_setzero_ps();
+        for (num k = begin; k < end; k += 8) {
+            if (k % 32 == 0) fetch(weight + 2 * 16 * width + k * 16);
+            __m512i parts[4];
+            transposed(weight + k, width * sizeof(bf16), parts);
+            for (num r = 0; r < count; r++)
+                for (int p = 0; p < 4; p++)
+                    sums[r] = add_pairs(sums[r], parts[p], in + r * width + k + 2 * p);
+        }
+        for (num r = 0; r < count; r++)
+            totals[r] = begin ? _mm512_add_ps(totals[r], sums[r]) : sums[r];
+    }
+    for (num r = 0; r < count; r++)
+        store(out + r * stride, bias ? _mm512_add_ps(totals[r], load(bias)) : totals[r]);
+}
+
+// Rows (count, width) through a linear layer, weight (size, width); rows of `out` lie `stride`
+// apart.
+void linear_rows(const bf16 *in, const bf16 *weight, const bf16 *bias, bf16 *out, num count,
+                 num width, num size, num stride, num part, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (num n = 0; n < size; n += 16) switch (count) {
+#define LINEAR(c) case c: linear_16(in, weight + n * width, bias ? bias + n : 0, out + n, c, \
+                                    width, stride, part); break;
+        LINEAR(1) LINEAR(2) LINEAR(3) LINEAR(4) LINEAR(5) LINEAR(6) LINEAR(7) LINEAR(8)
+    }
+}
+
+// --- 8-bit linear layers ------------------------------------------------------------------------
+
+INLINE __mmask16 left(num count) { return count < LANES ? (1 << count) - 1 : 0xffff; }
+INLINE __m512 load_some(__mmask16 some, const bf16 *at) {
+    return widened(_mm256_maskz_loadu_epi16(some, at));
+}
+
+// A row as codes of -127 to 127. Returns its scale, its largest number over 127: no number where one
+// of them is none.
+INLINE float quantize(const bf16 *in, int8_t *codes, num width) {
+    const __m512i sign = _mm512_set1_epi32(0x7fffffff);
+    __m512i tops = _mm512_setzero_si512();  // as bits, which are in the order of the numbers
+    for (num i = 0; i < width; i += LANES) {
+        __m512i bits = _mm512_castps_si512(load_some(left(width - i), in + i));
+        tops = _mm512_max_epi32(tops, _mm512_and_si512(bits, sign));
+    }
+    const int32_t bits = _mm512_reduce_max_epi32(tops);
+    float top;
+    memcpy(&top, &bits, sizeof top);
+    const __m512 inverse = _mm512_set1_ps(top == 0 ? 0 : 127.f / top);
+    for (num i = 0; i < width; i += LANES) {
+        const __mmask16 some = left(width - i);
+        __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(load_some(some, in + i), inverse));
+        _mm_mask_storeu_epi8(codes + i, some, _mm512_cvtepi32_epi8(code));
+    }
+    return top / 127.f;
+}
+
+// A sum of products of codes, as a number.
+INLINE __m512 scaled(__m512i sums, __m512 weight_scales, float scale) {
+    __m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), weight_scales);
+    return _mm512_mul_ps(x, _mm512_set1_ps(scale));
+}
+
+void quantize_rows(const bf16 *in, int8_t *codes, float *scales, num count, num width, num stride,
+                   int threads) {
+    ROWS for (num row = 0; row < count; row++)
+        scales[row] = quantize(in + row * stride, codes + row * width, width);
+}
+
+// Sums (count, width) as numbers, plus a bias where there is one.
+void scale_rows(const int32_t *in, const float *scales, const float *weight_scales,
+                const float *bias, bf16 *out, num count, num width, int threads) {
+    ROWS for (num row = 0; row < count; row++) {
+        for (num i = 0; i < width; i += LANES) {
+            const __mmask16 some = left(width - i);
+            const num at = row * width + i;
+            __m512 by = _mm512_maskz_loadu_ps(some, weight_scales + i);
+            __m512 x = scaled(_mm512_maskz_loadu_epi32(some, in + at), by, scales[row]);
+            if (bias) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(some, bias + i));
+            _mm256_mask_storeu_epi16(out + at, some, rounded(x));
+        }
+    }
+}
+
+// The products of `count` rows of codes, 128 added to each, with 16 rows of weights.
+INLINE void int8_linear_16(const uint8_t *codes, const float *scales, const int8_t *weight,
+                           const float *weight_scales, const int32_t *offsets, const float *bias,
+                           bf16 *out, num count, num width, num stride) {
+    __m512i sums[MOST_ROWS];
+    for (num r = 0; r < count; r++) sums[r] = _mm512_loadu_si512(offsets);
+    for (num k = 0; k < width; k += 16) {
+        if (k % 64 == 0) fetch(weight + 2 * 16 * width + k * 16);
+        __m512i parts[4];
+        transposed(weight + k, width, parts);
+        for (num r = 0; r < count; r++)
+            for (int p = 0; p < 4; p++) {
+                const __m512i row = spread(codes + r * width + k + 4 * p);
+                sums[r] = _mm512_dpbusd_epi32(sums[r], row, parts[p]);
+            }
+    }
+    for (num r = 0; r < count; r++) {
+        __m512 x = scaled(sums[r], _mm512_loadu_ps(weight_scales), scales[r]);
+        store(out + r * stride, bias ? _mm512_add_ps(x, _mm512_loadu_ps(bias)) : x);
+    }
+}
+
+// Rows (count, width) through a linear layer of 8-bit weights (size, width). `offsets`: of each row
+// of weights -128 times its sum.
+void int8_linear_rows(const bf16 *in, const int8_t *weight, const float *weight_scales,
+                      const int32_t *offsets, const float *bias, bf16 *out, num count, num width,
+                      num size, int threads) {
+    uint8_t codes[count * width];
+    float scales[MOST_ROWS];
+    for (num row = 0; row < count; row++) {
+        scales[row] = quantize(in + row * width, (int8_t *)codes + row * width, width);
+        for (num i = 0; i < width; i++) codes[row * width + i] += 128;
+    }
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (num n = 0; n < size; n += 16) switch (count) {
+#define INT8(c) case c: int8_linear_16(codes, scales, weight + n * width, weight_scales + n, \
+                                       offsets + n, bias ? bias + n : 0, out + n, c, width, size); \
+                        break;
+        INT8(1) INT8(2) INT8(3) INT8(4) INT8(5) INT8(6) INT8(7) INT8(8)
+    }
+}
+
 // --- attention ----------------------------------------------------------------------------------
 
 INLINE float weigh(bf16 *scores, num width) {
@@ -120,33 +293,6 @@ void dot_rows(const bf16 *a, const num *a_strides, const bf16 *b, const num *b_s
     }
 }
 
-// Four pairs of columns of 16 keys, each pair in a vector of its own.
-INLINE void transposed(const bf16 *keys, num stride, __m512i *out) {
-    __m512i rows[4];
-    for (int i = 0; i < 4; i++) {
-        const bf16 *at = keys + i * stride;
-        __m512i x = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)at));
-        x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(at + 4 * stride)), 1);
-        x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(at + 8 * stride)), 2);
-        rows[i] = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(at + 12 * stride)), 3);
-    }
-    __m512i a = _mm512_unpacklo_epi32(rows[0], rows[1]);
-    __m512i b = _mm512_unpackhi_epi32(rows[0], rows[1]);
-    __m512i c = _mm512_unpacklo_epi32(rows[2], rows[3]);
-    __m512i d = _mm512_unpackhi_epi32(rows[2], rows[3]);
-    out[0] = _mm512_unpacklo_epi64(a, c);
-    out[1] = _mm512_unpackhi_epi64(a, c);
-    out[2] = _mm512_unpacklo_epi64(b, d);
-    out[3] = _mm512_unpackhi_epi64(b, d);
-}
-
-// Adds the products of pairs in `a` with the pair at `b`.
-INLINE __m512 add_pairs(__m512 sum, __m512i a, const bf16 *b) {
-    int32_t pair;
-    memcpy(&pair, b, sizeof pair);
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)_mm512_set1_epi32(pair));
-}
-
 // Scores (groups, BLOCK) of the keys at `first` to `end` of a block, less the shift that the query
 // carries; -inf for those that only fill up vectors.
 INLINE void score(const bf16 *query, const bf16 *keys, bf16 *scores, num groups, num width,
@@ -159,7 +305,7 @@ INLINE void score(const bf16 *query, const bf16 *keys, bf16 *scores, num groups,
         for (num g = 0; g < groups; g++) sums[g] = _mm512_setzero_ps();
         for (num k = 0; k < width; k += 8) {
             __m512i parts[4];
-            transposed(keys + j * wide + k, wide, parts);
+            transposed(keys + j * wide + k, wide * sizeof(bf16), parts);
             for (num g = 0; g < groups; g++)
                 for (int p = 0; p < 4; p++)
                     sums[g] = add_pairs(sums[g], parts[p], query + g * wide + k + 2 * p);

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,28 @@ ENVIRONMENT = "LAZYAHEAD_NATIVE"
 """0 leaves all to torch."""
 LANES = 16
 """Rows are computed in vectors of so many numbers; other widths are left to torch."""
+MOST_ROWS = 8
+"""Rows of a linear layer that are few."""
 _MOST_QUERIES, _MOST_WIDTH = 16, 256
 _SOURCE = Path(__file__).with_name("native.c")
 _COMPILERS = ("cc", "gcc", "clang")
-_EXTENSIONS = ("fma", "avx2", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16")
+_EXTENSIONS = (
+    *("fma", "avx2", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
+    *("avx512bf16", "avx512vnni"),
+)
 _FLAGS = (
     *("-O3", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off"),
     *(f"-m{name}" for name in _EXTENSIONS),
 )
+Rows = Callable[[Tensor], Tensor]
 _POINTER, _NUM, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "rms_norm": (*[_POINTER] * 3, _NUM, _NUM, _FLOAT, _FLOAT, _INT, _INT),
     "silu_mul": (*[_POINTER] * 3, _NUM, _NUM, _NUM, _INT),
+    "linear_rows": (*[_POINTER] * 4, *[_NUM] * 5, _INT),
+    "quantize_rows": (*[_POINTER] * 3, *[_NUM] * 3, _INT),
+    "scale_rows": (*[_POINTER] * 5, _NUM, _NUM, _INT),
+    "int8_linear_rows": (*[_POINTER] * 6, *[_NUM] * 3, _INT),
     "weigh_rows": (*[_POINTER] * 2, _NUM, _NUM, _INT),
     "dot_rows": (*[_POINTER] * 5, *[_NUM] * 4, _INT),
     "attend_rows": (*[_POINTER] * 6, *[_NUM] * 5, _FLOAT, _INT),
@@ -135,6 +146,74 @@ class Native:
             *(gate.shape[1], gate.shape[2], gate.stride(1), torch.get_num_threads()),
         )
         return out
+
+    def linear(self, layers: Sequence[tuple[Tensor, Tensor | None]], part: int) -> Rows:
+        """Linear layers that share an input, each with its weight (out, d) and bias, over up to
+        `MOST_ROWS` rows (..., d): (..., all outputs). Sums are those of parts of `part` columns.
+        The tensors must outlive what is returned."""
+        width, sizes = layers[0][0].shape[-1], [weight.shape[0] for weight, _ in layers]
+        size, dtype = sum(sizes), layers[0][0].dtype
+        starts = [sum(sizes[:index]) * dtype.itemsize for index in range(len(sizes))]
+        places = [
+            (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), own, start)
+            for (weight, bias), own, start in zip(layers, sizes, starts, strict=True)
+        ]
+        loop = self._library.linear_rows
+
+        def product(rows: Tensor) -> Tensor:
+            rows = rows.contiguous()
+            out = torch.empty((*rows.shape[:-1], size), dtype=dtype)
+            count, threads = rows.numel() // width, torch.get_num_threads()
+            source, target = rows.data_ptr(), out.data_ptr()
+            for weight, bias, own, start in places:
+                loop(source, weight, bias, target + start, count, width, own, size, part, threads)
+            return out
+
+        return product
+
+    def quantize_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows (T, d) as 8-bit codes, and the scale of each (T, 1)."""
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()
+        count, width = rows.shape
+        codes, scales = torch.empty(count, width, dtype=torch.int8), torch.empty(count, 1)
+        self._library.quantize_rows(
+            *(rows.data_ptr(), codes.data_ptr(), scales.data_ptr()),
+            *(count, width, rows.stride(0), torch.get_num_threads()),
+        )
+        return codes, scales
+
+    def scale_rows(
+        self, sums: Tensor, scales: Tensor, weights: Tensor, bias: Tensor | None, out: Tensor
+    ) -> None:
+        """Sums of codes (T, d), each times the scales of its row (T, 1) and of its channel (d,),
+        plus the bias (d,), into `out`."""
+        self._library.scale_rows(
+            *(sums.data_ptr(), scales.data_ptr(), weights.data_ptr()),
+            *(0 if bias is None else bias.data_ptr(), out.data_ptr()),
+            *(*sums.shape, torch.get_num_threads()),
+        )
+
+    def int8_linear(
+        self, weight: Tensor, scales: Tensor, offsets: Tensor, bias: Tensor | None
+    ) -> Rows:
+        """A linear layer of 8-bit weights (out, d), with a scale for each output, over up to
+        `MOST_ROWS` rows (..., d). `offsets` (out,): -128 times the sum of each output's codes.
+        The tensors must outlive what is returned."""
+        size, width = weight.shape
+        places = [
+            0 if part is None else part.data_ptr() for part in (weight, scales, offsets, bias)
+        ]
+        loop = self._library.int8_linear_rows
+
+        def product(rows: Tensor) -> Tensor:
+            rows = rows.contiguous()
+            out = torch.empty((*rows.shape[:-1], size), dtype=rows.dtype)
+            count, threads = rows.numel() // width, torch.get_num_threads()
+            loop(rows.data_ptr(), *places, out.data_ptr(), count, width, size, threads)
+            return out
+
+        return product
 
     def weigh(self, scores: Tensor) -> Tensor:
         """Contiguous scores (..., W) become weights in place: the sums of rows (..., 1) in fp32."""

@@ -1,8 +1,10 @@
-"""Linear layers over weights that oneDNN has packed once, with the bits of plain ones in bf16.
+"""Products of linear layers on the CPU: over weights that oneDNN has packed once and, of few rows,
+over the plain ones, with the bits of plain layers in bf16; or in 8-bit integers.
 
-Nothing of the model's code changes: while packed, each `nn.Linear` has an instance attribute
+Nothing of the model's code changes: while attached, each `nn.Linear` has an instance attribute
 `forward`. Projections that read the same input (q, k, v; gate, up) share one packed weight and one
-product. The packed weights stand beside the plain ones: they double the memory of the layers.
+product. Packed weights stand beside the plain ones: they double the memory of the layers, those of
+8 bits add half of it.
 """
 
 from __future__ import annotations
@@ -10,13 +12,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from lazyahead.errors import ConfigError
+from lazyahead.hf.few_rows import few_rows
+from lazyahead.hf.int8 import Int8Product
+from lazyahead.hf.native import MOST_ROWS
 
 ENVIRONMENT = "LAZYAHEAD_PACKED"
 """1 packs whatever the memory, 0 never does."""
@@ -41,15 +47,26 @@ def can_pack(module: nn.Module) -> bool:
 
 
 def packed_of(model: nn.Module, wanted: bool | None = None) -> Packed | None:
-    """The packed weights of a model; None where there is nothing to pack, or where it is not
-    `wanted` (None: what the environment says, else where memory allows). Raises ConfigError."""
+    """The products of a model's linear layers; None where torch's own are as good. Weights are not
+    packed where that is not `wanted` (None: what the environment says, else where memory allows).
+    Raises ConfigError."""
     if wanted is None:
         wanted = _environment()
-    groups = _groups(model) if wanted is not False else []
-    need = sum(member.weight.nbytes for group in groups for member in group)
-    if not groups or (wanted is None and _SPARE * need > psutil.virtual_memory().available):
-        return None
-    return Packed(groups)
+    groups = _groups(model)
+    if wanted is None:
+        need = sum(member.weight.nbytes for group in groups for member in group)
+        wanted = _SPARE * need <= psutil.virtual_memory().available
+    if wanted:
+        return Packed(groups, _PackedProduct) if groups else None
+    singles = [[member] for group in groups for member in group]
+    few = [group for group in singles if few_rows(group) is not None]
+    return Packed(few, _PlainProduct) if few else None
+
+
+def int8_of(model: nn.Module) -> Packed | None:
+    """The products of a model's linear layers in 8-bit integers; None where none can be."""
+    groups = [group for group in _groups(model) if group[0].weight.dtype == torch.bfloat16]
+    return Packed(groups, _int8_product) if groups else None
 
 
 def _environment() -> bool | None:
@@ -59,20 +76,35 @@ def _environment() -> bool | None:
     return None if value == "" else value == "1"
 
 
-class Packed:
-    """Packed weights of a model, made once: about as long as reading the weights twice."""
-
-    def __init__(self, groups: Sequence[Sequence[nn.Linear]]) -> None:
-        self._groups = [_Group(members) for members in groups]
+class Product(Protocol):
+    """What computes the outputs, side by side, of linear layers that share an input."""
 
     @property
     def nbytes(self) -> int:
-        """What the packed weights take on top of the plain ones."""
-        return sum(group.nbytes for group in self._groups)
+        """What it holds on top of the plain weights."""
+
+    def __call__(self, input: Tensor) -> Tensor: ...
+
+
+class Packed:
+    """Products over the weights of a model, made once: about as long as reading them twice."""
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[nn.Linear]],
+        make: Callable[[Sequence[nn.Linear]], Product],
+    ) -> None:
+        self._groups = [_Group(members, make(members)) for members in groups]
+        self.is_int8 = make is _int8_product
+
+    @property
+    def nbytes(self) -> int:
+        """What is held on top of the plain weights."""
+        return sum(group.product.nbytes for group in self._groups)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Inside, linear layers use the packed weights, but for those whose weights have changed
+        """Inside, linear layers use these products, but for those whose weights have changed
         since."""
         try:
             for group in self._groups:
@@ -109,19 +141,56 @@ def _fit(members: Sequence[nn.Linear]) -> bool:
     return len({(m.in_features, m.weight.dtype, m.bias is None) for m in members}) == 1
 
 
+def _joined(members: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """The weights and biases of layers that share an input, as of one layer."""
+    weight = torch.cat([member.weight.detach() for member in members])
+    has_bias = members[0].bias is not None
+    return weight, torch.cat([m.bias.detach() for m in members]) if has_bias else None
+
+
+class _PackedProduct:
+    """With the bits of plain layers."""
+
+    def __init__(self, members: Sequence[nn.Linear]) -> None:
+        weight, self._bias = _joined(members)
+        self.nbytes = weight.nbytes
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self._product = torch.ops.mkldnn._linear_pointwise.default
+        self._few = few_rows(members)
+
+    def __call__(self, input: Tensor) -> Tensor:
+        if self._few is not None and input.numel() <= MOST_ROWS * input.shape[-1]:
+            return self._few(input)
+        output: Tensor = self._product(input, self._weight, self._bias, "none", [], "")
+        return output
+
+
+class _PlainProduct:
+    """One layer over its plain weights."""
+
+    nbytes = 0
+
+    def __init__(self, members: Sequence[nn.Linear]) -> None:
+        (self._layer,), self._few = members, few_rows(members)
+
+    def __call__(self, input: Tensor) -> Tensor:
+        if self._few is not None and input.numel() <= MOST_ROWS * input.shape[-1]:
+            return self._few(input)
+        return linear(input, self._layer.weight, self._layer.bias)
+
+
+def _int8_product(members: Sequence[nn.Linear]) -> Product:
+    return Int8Product(*_joined(members))
+
+
 class _Group:
     """Linear layers that share an input."""
 
-    def __init__(self, members: Sequence[Any]) -> None:
-        self.members = members
+    def __init__(self, members: Sequence[Any], product: Product) -> None:
+        self.members, self.product = members, product
         self._made_of = self._state()
-        weight = torch.cat([member.weight.detach() for member in members])
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        has_bias = members[0].bias is not None
-        self.bias = torch.cat([m.bias.detach() for m in members]) if has_bias else None
+        self._held = [part.detach() for part in self._tensors()]  # stay where they are
         self.sizes = [member.out_features for member in members]
-        self.nbytes = weight.nbytes
-        self._product = torch.ops.mkldnn._linear_pointwise.default
         self._input: Tensor | None = None
         self._parts: dict[int, Tensor] = {}
 
@@ -130,7 +199,8 @@ class _Group:
         if not all(map(can_pack, self.members)) or self._state() != self._made_of:
             return
         for index, member in enumerate(self.members):
-            member.forward = self._whole if len(self.members) == 1 else self._part(index)
+            is_alone = len(self.members) == 1
+            member.forward = _forward_of(self.product) if is_alone else self._part(index)
 
     def detach(self) -> None:
         self._input, self._parts = None, {}
@@ -140,17 +210,15 @@ class _Group:
 
     def _state(self) -> list[tuple[int, int]]:
         """Changes with the weights, in place or replaced."""
-        tensors = [part for m in self.members for part in (m.weight, m.bias) if part is not None]
-        return [(part.data_ptr(), part._version) for part in tensors]
+        return [(part.data_ptr(), part._version) for part in self._tensors()]
 
-    def _whole(self, input: Tensor) -> Tensor:
-        output: Tensor = self._product(input, self.weight, self.bias, "none", [], "")
-        return output
+    def _tensors(self) -> list[Tensor]:
+        return [part for m in self.members for part in (m.weight, m.bias) if part is not None]
 
     def _part(self, index: int) -> Callable[[Tensor], Tensor]:
         def forward(input: Tensor) -> Tensor:
             if self._input is not input or index not in self._parts:
-                parts = self._whole(input).split_with_sizes(self.sizes, -1)
+                parts = self.product(input).split_with_sizes(self.sizes, -1)
                 self._parts, self._input = dict(enumerate(parts)), input
             part = self._parts.pop(index)
             if not self._parts:
@@ -158,3 +226,10 @@ class _Group:
             return part
 
         return forward
+
+
+def _forward_of(product: Product) -> Callable[[Tensor], Tensor]:
+    def forward(input: Tensor) -> Tensor:
+        return product(input)
+
+    return forward

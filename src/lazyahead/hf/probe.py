@@ -58,11 +58,12 @@ def examine(model: PreTrainedModel) -> tuple[Support, ModelSpec | None]:
     The result is kept while the model has the same layers and head. An unexpected error in the
     model's forward is not kept: the next call tries again.
     """
-    with attachment_of(model).lock:
+    attachment = attachment_of(model)
+    with attachment.lock:
         known = _known.get(model)
         if known is not None and (known[1] is None or known[1].is_current(model)):
             return known
-        with attachment_of(model).guarded(model), uncompiled():
+        with attachment.guarded(model), attachment.unpacked(), uncompiled():
             support, spec, is_final = _examine(model)
         if is_final:
             _known[model] = support, spec

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from lazyahead.draft.factory import describe, parse_decode
 from lazyahead.errors import ConfigError, RequestError
+from lazyahead.hf.attach import dtype_name
 from lazyahead.integrations.likelihood import Scored, dictate, score_whole
 from lazyahead.llm import LLM
 from lazyahead.results import Completion
@@ -208,7 +209,7 @@ class LazyAheadLM(TemplateLM):  # type: ignore[misc]
             "prefill": llm.prefill and llm.prefill.to_dict(),
             "decode": describe(llm.decode),
             "device": str(llm.model.device),
-            "dtype": str(llm.model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(llm.model),
             "seed": self._seed,
         }
         if stats:
