@@ -15,7 +15,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -134,25 +136,30 @@ def time_of(answer: Tokens, ids: list[int], num_steps: int, clock: str) -> tuple
     return read - start, (now() - read) / max(1, count)
 
 
-def engines(given: argparse.Namespace, model: PreTrainedModel) -> dict[str, Tokens]:
+def engines(given: argparse.Namespace, llm: LLM) -> dict[str, Tokens]:
     """Those that are installed. Tells what is left out."""
-    found = {"transformers": transformers_tokens(model)}
-    for prefill in ("off", "balanced"):
-        found[f"lazyahead, prefill {prefill}"] = our_tokens(model, prefill)
-    others: dict[str, tuple[str | None, Callable[[], Tokens]]] = {
-        "OpenVINO GenAI": (
-            given.openvino,
-            lambda: openvino_tokens(given.openvino, given.threads, given.clock),
-        ),
-        "llama.cpp": (
-            given.gguf,
-            lambda: llama_cpp_tokens(given.gguf, given.threads, max(given.lengths) + 64),
-        ),
+    found = {"transformers": transformers_tokens(llm.model)}
+    models = {"": llm.model}
+    if given.int8:
+        models[" int8"] = LLM(given.model, dtype="int8", device="cpu", prefill=None).model
+    for kind, model in models.items():
+        for prefill in ("off", "balanced"):
+            found[f"lazyahead{kind}, prefill {prefill}"] = our_tokens(model, prefill)
+    others: dict[str, Callable[[], Tokens]] = {
+        f"OpenVINO GenAI, {Path(folder).name}": partial(
+            openvino_tokens, folder, given.threads, given.clock
+        )
+        for folder in given.openvino
     }
-    for name, (path, make) in others.items():
-        if path is None:
+    for file in given.gguf:
+        longest = max(given.lengths) + 64
+        others[f"llama.cpp, {Path(file).name}"] = partial(
+            llama_cpp_tokens, file, given.threads, longest
+        )
+    for name, option in (("OpenVINO GenAI", given.openvino), ("llama.cpp", given.gguf)):
+        if not option:
             print(f"{name} is left out: give its model (--openvino FOLDER, --gguf FILE)")
-            continue
+    for name, make in others.items():
         try:
             found[name] = make()
         except ImportError as error:
@@ -184,8 +191,11 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", required=True, help="folder or hub name")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--openvino", help="the same model, exported for OpenVINO")
-    parser.add_argument("--gguf", help="the same model for llama.cpp")
+    parser.add_argument("--int8", action="store_true", help="ours in 8-bit integers too")
+    parser.add_argument(
+        "--openvino", nargs="+", default=[], help="the same model, exported for OpenVINO"
+    )
+    parser.add_argument("--gguf", nargs="+", default=[], help="the same model for llama.cpp")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1000, 3500])
     parser.add_argument("--steps", type=int, default=15, help="tokens after the first")
     parser.add_argument("--runs", type=int, default=3)
@@ -203,13 +213,13 @@ def main(argv: Sequence[str]) -> None:
     given = arguments(argv)
     torch.set_num_threads(given.threads)
     llm = LLM(given.model, dtype=given.dtype, device="cpu", prefill=None)
-    found = engines(given, llm.model)
+    found = engines(given, llm)
     rows = []
     for length in given.lengths:
         for row in measure(found, document(llm.tokenizer, length), given):
             rows.append(row)
             print(
-                f"{row.length:6,} {row.engine:24} first token {row.ttft_s:7.3f} s "
+                f"{row.length:6,} {row.engine:32} first token {row.ttft_s:7.3f} s "
                 f"({row.ttft_ratio:.2f}), each further {row.step_s * 1e3:6.1f} ms "
                 f"({row.step_ratio:.2f})",
                 flush=True,

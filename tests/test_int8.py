@@ -56,7 +56,7 @@ def test_a_row_has_the_same_bits_in_any_company_and_with_or_without_compiled_loo
 ) -> None:
     product, rows = product_of(layer(width, size, has_bias)), rows_of(300, width)
     whole = product(rows)
-    for count in (1, 2, 3, 4, 8, 9, 33):
+    for count in (1, 2, 3, 4, 8, 9, 16, 17, 33):
         parts = [product(part) for part in rows.split(count, 1)]
         assert torch.equal(torch.cat(parts, 1), whole), count
     monkeypatch.setattr(int8, "native", lambda *_: None)

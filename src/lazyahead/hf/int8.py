@@ -11,7 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lazyahead.hf.native import LANES, MOST_ROWS, native
+from lazyahead.hf.few_rows import fits
+from lazyahead.hf.native import MOST_ROWS, native
 
 MOST = 127
 """Codes go from -127 to 127."""
@@ -28,7 +29,7 @@ class Int8Product:
         self._scales = scales[:, 0].contiguous()
         self._offsets = self._codes.sum(1, dtype=torch.int32).mul_(-MOST - 1)
         self._bias = None if bias is None else bias.float()
-        loops = native() if all(size % LANES == 0 for size in weight.shape) else None
+        loops = native() if fits(*weight.shape) else None
         weights = (self._codes, self._scales, self._offsets, self._bias)
         self._few = None if loops is None else loops.int8_linear(*weights)
         self.nbytes = self._codes.nbytes

@@ -17,7 +17,7 @@ enum {
     BLOCK = 512,  // slots per block of keys, as in cache/blocks.py
     EXTRA = 2,    // columns behind each key, -1 and 0
     MOST_QUERIES = 16,  // that are computed together
-    MOST_ROWS = 8,      // of a linear layer
+    MOST_ROWS = 16,     // of a linear layer
     HIDDEN = 0xff80,    // -inf
     MOST_WIDTH = 256,
 };
@@ -156,6 +156,7 @@ void linear_rows(const bf16 *in, const bf16 *weight, const bf16 *bias, bf16 *out
 #define LINEAR(c) case c: linear_16(in, weight + n * width, bias ? bias + n : 0, out + n, c, \
                                     width, stride, part); break;
         LINEAR(1) LINEAR(2) LINEAR(3) LINEAR(4) LINEAR(5) LINEAR(6) LINEAR(7) LINEAR(8)
+        LINEAR(9) LINEAR(10) LINEAR(11) LINEAR(12) LINEAR(13) LINEAR(14) LINEAR(15) LINEAR(16)
     }
 }
 
@@ -253,6 +254,7 @@ void int8_linear_rows(const bf16 *in, const int8_t *weight, const float *weight_
                                        offsets + n, bias ? bias + n : 0, out + n, c, width, size); \
                         break;
         INT8(1) INT8(2) INT8(3) INT8(4) INT8(5) INT8(6) INT8(7) INT8(8)
+        INT8(9) INT8(10) INT8(11) INT8(12) INT8(13) INT8(14) INT8(15) INT8(16)
     }
 }
 

@@ -30,7 +30,7 @@ ENVIRONMENT = "LAZYAHEAD_NATIVE"
 """0 leaves all to torch."""
 LANES = 16
 """Rows are computed in vectors of so many numbers; other widths are left to torch."""
-MOST_ROWS = 8
+MOST_ROWS = 16
 """Rows of a linear layer that are few."""
 _MOST_QUERIES, _MOST_WIDTH = 16, 256
 _SOURCE = Path(__file__).with_name("native.c")
