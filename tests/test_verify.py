@@ -52,6 +52,14 @@ def test_nothing_parts_in_float32_however_prompts_are_batched(model, prompts, ca
     assert verified(capsys, *options)["tokens"] == whole["tokens"]
 
 
+def test_only_the_checks_asked_for_are_made(model, prompts, capsys, monkeypatch):
+    monkeypatch.setattr(baseline, "run_baseline", None)  # transformers is not run
+    options = ("-m", model, "--dtype", "float32", "--prompts", prompts, "--max-new-tokens", "6")
+    values = verified(capsys, *options, "--check", "drafting", "--check", "sampled")
+    assert values["checks"] == {"drafting": 0, "sampled": 0}
+    assert 0 < values["tokens"] <= 3 * 6
+
+
 def test_its_own_prompts_take_all_categories_in_turn(model, capsys):
     count = len(CATEGORIES) + 1
     values = verified(
@@ -155,6 +163,7 @@ def test_ctrl_c_ends_it_after_the_batch_with_what_it_has(model, prompts, monkeyp
         (["--length", "300", "--prompts", "p"], "--length 300"),
         (["--prompts", "/no/such"], "/no/such"),
         (["--prefill", "eager"], "eager"),
+        (["--check", "batching"], "batching"),
         (["--length", "4096"], "2048"),
     ],
     ids=" ".join,

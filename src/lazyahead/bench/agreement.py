@@ -21,6 +21,7 @@ from lazyahead.sampling import Sampling
 
 Tokens = tuple[int, ...]
 TEMPERATURE = 0.8
+CHECKS = ("keep_all", "drafting", "sampled")
 
 
 class Divergence(NamedTuple):
@@ -38,22 +39,30 @@ class Agreement:
     """Compares configurations on batches of prompts. It keeps counts and the first differences.
 
     `keep_all`: nothing deferred, all prompts of a batch at once, against transformers' `generate`,
-    one by one. `drafting`: with drafts against none, both in a batch and under the prefill strategy
-    `rule`. `sampled`: the same, sampled with a seed. A model that can only decode gets the first
-    check alone.
+    one by one. `drafting`: with drafts and in a batch against no drafts one by one, both under the
+    prefill strategy `rule`. `sampled`: the same, sampled with a seed. A model that can only decode
+    gets the first check alone.
     """
 
-    def __init__(self, llm: LLM, rule: LazyPrefill | None, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        rule: LazyPrefill | None,
+        max_new_tokens: int,
+        checks: Sequence[str] = CHECKS,
+    ) -> None:
         """`llm` defers nothing and drafts nothing."""
         self._llm = llm
         self._rule = rule
         self._greedy = Sampling(max_new_tokens=max_new_tokens)
         self._seeded = Sampling(max_new_tokens=max_new_tokens, temperature=TEMPERATURE, seed=0)
-        self.divergences: dict[str, list[Divergence]] = {"keep_all": []}
+        possible = CHECKS if llm.support.level == "full" else CHECKS[:1]
+        self.divergences: dict[str, list[Divergence]] = {
+            check: [] for check in possible if check in checks
+        }
         self.num_prompts = self.num_tokens = self._num_drafted = self._num_steps = 0
         self._first: dict[str, Any] | None = None
         if llm.support.level == "full":
-            self.divergences |= {"drafting": [], "sampled": []}
             self._plain, self._drafting = (
                 LLM(llm.model, tokenizer=llm.tokenizer, prefill=rule, decode=decode)
                 for decode in (None, Lookahead())
@@ -62,25 +71,32 @@ class Agreement:
     def add(self, prompts: list[list[int]]) -> None:
         """Compares all configurations on a batch of prompts, token ids each. Raises RequestError,
         ContextLengthError."""
-        kept = _answers(self._llm.generate(prompts, sampling=self._greedy))
+        for check in self.divergences:
+            expected, found = (self._keep_all if check == "keep_all" else self._drafted)(
+                check, prompts
+            )
+            self._compare(check, prompts, expected, found)
+            if check == next(iter(self.divergences)):
+                self.num_tokens += sum(map(len, expected))
+        self.num_prompts += len(prompts)
+
+    def _keep_all(self, check: str, prompts: list[list[int]]) -> tuple[list[Tokens], list[Tokens]]:
+        """Answers of transformers, and ours with nothing deferred."""
+        llm, sampling = self._llm, self._greedy
         expected = [
-            baseline.run_baseline(
-                self._llm.model, token_ids, self._greedy, self._llm.tokenizer
-            ).token_ids
+            baseline.run_baseline(llm.model, token_ids, sampling, llm.tokenizer).token_ids
             for token_ids in prompts
         ]
-        self._compare("keep_all", prompts, expected, kept)
-        if "drafting" in self.divergences:
-            for check, sampling in (("drafting", self._greedy), ("sampled", self._seeded)):
-                drafted = self._drafting.generate(prompts, sampling=sampling)
-                self._num_steps += sum(completion.stats.num_steps for completion in drafted)
-                self._num_drafted += sum(
-                    completion.stats.answer_tokens - 1 for completion in drafted
-                )
-                plain = _answers(self._plain.generate(prompts, sampling=sampling))
-                self._compare(check, prompts, plain, _answers(drafted))
-        self.num_prompts += len(prompts)
-        self.num_tokens += sum(map(len, expected))
+        return expected, _answers(llm.generate(prompts, sampling=sampling))
+
+    def _drafted(self, check: str, prompts: list[list[int]]) -> tuple[list[Tokens], list[Tokens]]:
+        """Answers without drafts, each alone, and with drafts in a batch."""
+        sampling = self._greedy if check == "drafting" else self._seeded
+        drafted = self._drafting.generate(prompts, sampling=sampling)
+        self._num_steps += sum(completion.stats.num_steps for completion in drafted)
+        self._num_drafted += sum(completion.stats.answer_tokens - 1 for completion in drafted)
+        alone = [self._plain.generate(prompt, sampling=sampling) for prompt in prompts]
+        return _answers(alone), _answers(drafted)
 
     def fields(self) -> dict[str, Any]:
         """The fields of `verify --json`: how many answers diverge, and where the first one does."""
@@ -92,7 +108,7 @@ class Agreement:
             "first_gap": None if self._first is None else self._first["logit_gap"],
             "dtype": dtype_name(self._llm.model),
             "checks": {check: len(found) for check, found in self.divergences.items()},
-            "not_checked": None if "drafting" in self.divergences else self._llm.support.reason,
+            "not_checked": None if self._llm.support.level == "full" else self._llm.support.reason,
             "tokens_per_step": self._num_drafted / self._num_steps if self._num_steps else 1.0,
         }
 

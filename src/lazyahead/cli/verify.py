@@ -28,7 +28,7 @@ BATCH = 16
 """Prompts that are answered at once; bounds memory."""
 WORDS = {
     "keep_all": "nothing deferred, against plain transformers",
-    "drafting": "with drafts, against decoding token by token",
+    "drafting": "with drafts in a batch, against decoding token by token and alone",
     "sampled": "the same, sampled with a seed at temperature 0.8",
 }
 
@@ -70,6 +70,10 @@ def verify(
     device: options.Device = None,
     prefill: options.Prefill = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    check: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(WORDS)}; may be repeated. Left out: all."),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Compares answers, token by token: nothing deferred against plain transformers, drafts against
@@ -79,6 +83,9 @@ def verify(
     """
     if prompts is not None and data is not None:
         raise RequestError(f"give --prompts {prompts} or --data {data}, not both")
+    unknown = [name for name in check or () if name not in WORDS]
+    if unknown:
+        raise RequestError(f"--check must be one of {', '.join(WORDS)}, got {unknown[0]!r}")
     texts = _lines(prompts, n, length)
     samples = _samples(data, n) if data is not None else []
     rule = parse_prefill(prefill or "balanced")
@@ -94,7 +101,7 @@ def verify(
             token_ids = _encoded(llm, samples, length or DATA_LENGTH, max_new_tokens)
         else:
             token_ids = own_prompts(llm, n or NUM_PROMPTS, length or LENGTH)
-        agreement = Agreement(llm, rule, max_new_tokens)
+        agreement = Agreement(llm, rule, max_new_tokens, check or tuple(WORDS))
         with Interrupt() as interrupt, progress("answering") as report:
             for start in range(0, len(token_ids), BATCH):
                 report("answering", start / len(token_ids))
@@ -110,7 +117,7 @@ def verify(
         _show(fields)
     if interrupt.came:
         raise typer.Exit(INTERRUPTED)
-    if any(fields["checks"][check] for check in _promised(llm)):
+    if any(fields["checks"].get(name) for name in _promised(llm)):
         raise typer.Exit(1)
 
 
