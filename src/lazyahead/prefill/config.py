@@ -52,7 +52,7 @@ class LazyPrefill:
     """Demand: attention of one head, of a running row to a stashed token, that revives it."""
     revive_limit: int = 8
     """Demand: most tokens that one row revives at a boundary, best first."""
-    local_window: int = 1024
+    local_window: int = 1536
     """Tokens that a prompt row attends to in the local layers, besides the first four of the text.
     0: every row attends to everything in every layer. In half precision on a GPU, prompts of less
     than 16,384 tokens attend to everything too: a window saves nothing there."""
@@ -215,7 +215,7 @@ def _check_schedule(schedule: Schedule, needs_attention: bool) -> None:
 
 PRESETS: dict[str, LazyPrefill] = {
     "balanced": LazyPrefill(),
-    "fast": LazyPrefill(((0.85, 0.2),), local_window=512),
+    "fast": LazyPrefill(((0.85, 0.2),), local_window=1024),
     "paper": LazyPrefill.paper(),
     "static_prune": LazyPrefill.static_prune(),
     "random_drop": LazyPrefill.random_drop(),
