@@ -11,6 +11,7 @@ from support import prompts
 from torch import Tensor, nn
 
 from lazyahead import LLM, LazyPrefill, Lookahead
+from lazyahead.bench.prefill import Subject
 from lazyahead.cli import run
 from lazyahead.errors import ConfigError, SessionFileError, UnsupportedModelError
 from lazyahead.hf import attach, int8
@@ -147,6 +148,12 @@ def test_a_loaded_model_takes_no_other_dtype_or_device() -> None:
         LLM(model, dtype="bfloat16", prefill=None)
     with pytest.raises(ConfigError, match=r"is on cpu; move it to meta"):
         LLM(model, device="meta", prefill=None)
+
+
+def test_a_random_model_of_a_known_shape_is_measured_in_it() -> None:
+    assert dtype_name(Subject(shape="tiny", dtype="int8", device="cpu").load(None).model) == "int8"
+    with pytest.raises(ConfigError, match="int3"):
+        Subject(shape="tiny", dtype="int3").load(None)
 
 
 def test_the_command_line_answers_and_verifies_in_int8(capsys: pytest.CaptureFixture[str]) -> None:

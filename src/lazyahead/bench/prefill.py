@@ -19,6 +19,7 @@ from lazyahead.bench.methods import Cost
 from lazyahead.bench.shapes import build_shape
 from lazyahead.cache.session import Session
 from lazyahead.config import LazyPrefill
+from lazyahead.hf.load import checked_dtype
 from lazyahead.llm import LLM
 from lazyahead.report import Report, silent
 from lazyahead.results import Piece, Stats
@@ -50,10 +51,10 @@ class Subject:
             given = {name: value for name, value in given.items() if value is not None}
             return LLM(**given, prefill=prefill, decode=None)
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        wanted = self.dtype or "bfloat16"
-        dtype = torch.bfloat16 if wanted == "int8" else getattr(torch, wanted)
-        model = build_shape(self.shape, dtype, device, self.max_context)
-        return LLM(model, dtype=wanted, prefill=prefill, decode=None)
+        dtype = checked_dtype(self.dtype or "bfloat16")
+        weights = torch.bfloat16 if dtype in ("auto", "int8") else getattr(torch, dtype)
+        model = build_shape(self.shape, weights, device, self.max_context)
+        return LLM(model, dtype=dtype, prefill=prefill, decode=None)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def load(
     load, UnsupportedModelError when transformers does not know the architecture, ModelError when
     files are damaged or weights are missing.
     """
-    dtype = _checked_dtype(dtype)
+    dtype = checked_dtype(dtype)
     if dtype == "int8":
         if tp > 1:
             raise ConfigError(f"dtype int8 is for one process, got tp={tp}; use bfloat16")
@@ -86,7 +86,7 @@ def load(
 def adopt(model: PreTrainedModel, dtype: str | torch.dtype, device: str) -> None:
     """A model that was loaded elsewhere, as it is; `int8` lets one in bfloat16 compute in 8-bit
     integers. Raises ConfigError for another dtype or device than it has."""
-    dtype, own = _checked_dtype(dtype), dtype_name(model)
+    dtype, own = checked_dtype(dtype), dtype_name(model)
     if dtype == "int8" and own == "bfloat16":
         attachment_of(model).quantize(model)
     elif dtype not in ("auto", own):
@@ -97,7 +97,8 @@ def adopt(model: PreTrainedModel, dtype: str | torch.dtype, device: str) -> None
         )
 
 
-def _checked_dtype(dtype: str | torch.dtype) -> str:
+def checked_dtype(dtype: str | torch.dtype) -> str:
+    """One of `DTYPES`. Raises ConfigError."""
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
