@@ -8,9 +8,11 @@ from support import prompts
 from torch import nn
 
 from lazyahead import LLM
+from lazyahead.bench.shapes import build_shape
 from lazyahead.errors import ConfigError
 from lazyahead.hf import few_rows as few_rows_module
 from lazyahead.hf import packed
+from lazyahead.hf.attach import attachment_of
 from lazyahead.hf.few_rows import few_rows
 from lazyahead.hf.native import native
 from lazyahead.hf.packed import packed_of
@@ -141,3 +143,21 @@ def test_without_packed_weights_few_rows_have_the_same_bits_and_take_no_memory()
         found = torch.cat([model(part) for part in rows.split(4, 1)], 1)
         assert torch.equal(found, plain)
         assert torch.equal(model(rows), plain)
+
+
+def test_passes_are_filled_up_only_where_some_product_needs_it():
+    model = build_shape("tiny", max_context=512)
+    llm = LLM(model, prefill=None, packed=False)
+    attachment = attachment_of(model)
+    with llm.engine.runner.attached():
+        assert attachment.fewest_rows == (4 if native() is None else 1)
+    weight = model.lm_head.weight  # no longer what was packed
+    weight.data = weight.data.clone()
+    with llm.engine.runner.attached():
+        assert attachment.fewest_rows == 4
+    experts = LLM(FAMILIES["mixtral"]().bfloat16(), prefill=None)
+    if experts.support.level == "full":
+        with experts.engine.runner.attached():
+            assert attachment_of(experts.model).fewest_rows == 4
+    with LLM(FAMILIES["llama"](), prefill=None).engine.runner.attached() as runner:
+        assert attachment_of(runner.model).fewest_rows == 1

@@ -20,6 +20,7 @@ from lazyahead.errors import ConfigError, UnsupportedModelError
 from lazyahead.hf.fused import Fused
 from lazyahead.hf.int8 import why_not
 from lazyahead.hf.packed import Packed, int8_of, packed_of
+from lazyahead.hf.steady import fewest_rows
 
 if TYPE_CHECKING:
     from lazyahead.hf.batch import Batch
@@ -38,6 +39,8 @@ class Attachment:
         """What the hooks were made for; another owner gets new ones."""
         self.packed: Packed | None = None
         """Products that linear layers use while hooks are in place."""
+        self.fewest_rows = 1
+        """How many rows a pass must have, so that a row's bits do not depend on the others."""
         self._fused: Fused | None = None
         self._count = 0
         self._hooks = ExitStack()
@@ -125,6 +128,8 @@ class Attachment:
                 stack.enter_context(self._fused.attached())
             if self.packed is not None:
                 stack.enter_context(self.packed.attached())
+            is_steady = self.packed is not None and self.packed.is_steady
+            self.fewest_rows = 1 if is_steady else fewest_rows(model.device, model.dtype)
             self._hooks = stack.pop_all()
 
     def _guard(self, model: PreTrainedModel, stack: ExitStack) -> None:

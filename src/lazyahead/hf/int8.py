@@ -23,6 +23,9 @@ _AT_ONCE = 256
 class Int8Product:
     """`nn.functional.linear` with weights in 8 bits. Input and output are in bfloat16."""
 
+    is_steady = True
+    """Integer sums have no order."""
+
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """Weight (out, in), bias (out,)."""
         self._codes, scales = _quantized(weight.float())

@@ -57,16 +57,16 @@ def packed_of(model: nn.Module, wanted: bool | None = None) -> Packed | None:
         need = sum(member.weight.nbytes for group in groups for member in group)
         wanted = _SPARE * need <= psutil.virtual_memory().available
     if wanted:
-        return Packed(groups, _PackedProduct) if groups else None
+        return Packed(model, groups, _PackedProduct) if groups else None
     singles = [[member] for group in groups for member in group]
     few = [group for group in singles if few_rows(group) is not None]
-    return Packed(few, _PlainProduct) if few else None
+    return Packed(model, few, _PlainProduct) if few else None
 
 
 def int8_of(model: nn.Module) -> Packed | None:
     """The products of a model's linear layers in 8-bit integers; None where none can be."""
     groups = [group for group in _groups(model) if group[0].weight.dtype == torch.bfloat16]
-    return Packed(groups, _int8_product) if groups else None
+    return Packed(model, groups, _int8_product) if groups else None
 
 
 def _environment() -> bool | None:
@@ -83,6 +83,10 @@ class Product(Protocol):
     def nbytes(self) -> int:
         """What it holds on top of the plain weights."""
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether a row has the same bits in any company."""
+
     def __call__(self, input: Tensor) -> Tensor: ...
 
 
@@ -91,16 +95,27 @@ class Packed:
 
     def __init__(
         self,
+        model: nn.Module,
         groups: Sequence[Sequence[nn.Linear]],
         make: Callable[[Sequence[nn.Linear]], Product],
     ) -> None:
+        """`groups`: layers of the model, those that share an input together."""
         self._groups = [_Group(members, make(members)) for members in groups]
+        self._is_all = _are_all(model, groups)
         self.is_int8 = make is _int8_product
 
     @property
     def nbytes(self) -> int:
         """What is held on top of the plain weights."""
         return sum(group.product.nbytes for group in self._groups)
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether all products of the model with its weights are attached here, and give a row the
+        same bits in any company."""
+        return self._is_all and all(
+            group.is_attached and group.product.is_steady for group in self._groups
+        )
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -132,6 +147,16 @@ def _groups(model: nn.Module) -> list[list[nn.Linear]]:
     return [group for group in groups if _pays(group)]
 
 
+def _are_all(model: nn.Module, groups: Sequence[Sequence[nn.Linear]]) -> bool:
+    """Whether the model multiplies with no other weights than those of these layers."""
+    members = {id(member) for members in groups for member in members}
+    layers = [one for one in model.modules() if isinstance(one, nn.Linear | nn.Embedding)]
+    weights = {id(layer.weight) for layer in layers}
+    return all(id(layer) in members for layer in layers if isinstance(layer, nn.Linear)) and all(
+        id(weight) in weights for weight in model.parameters() if weight.ndim > 1
+    )
+
+
 def _pays(members: Sequence[nn.Linear]) -> bool:
     size = sum(member.weight.numel() for member in members)
     return members[0].weight.dtype != torch.float32 or size >= _LARGE
@@ -157,6 +182,7 @@ class _PackedProduct:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self._product = torch.ops.mkldnn._linear_pointwise.default
         self._few = few_rows(members)
+        self.is_steady = self._few is not None
 
     def __call__(self, input: Tensor) -> Tensor:
         if self._few is not None and input.numel() <= MOST_ROWS * input.shape[-1]:
@@ -172,6 +198,7 @@ class _PlainProduct:
 
     def __init__(self, members: Sequence[nn.Linear]) -> None:
         (self._layer,), self._few = members, few_rows(members)
+        self.is_steady = self._few is not None
 
     def __call__(self, input: Tensor) -> Tensor:
         if self._few is not None and input.numel() <= MOST_ROWS * input.shape[-1]:
@@ -191,6 +218,7 @@ class _Group:
         self._made_of = self._state()
         self._held = [part.detach() for part in self._tensors()]  # stay where they are
         self.sizes = [member.out_features for member in members]
+        self.is_attached = False
         self._input: Tensor | None = None
         self._parts: dict[int, Tensor] = {}
 
@@ -201,9 +229,10 @@ class _Group:
         for index, member in enumerate(self.members):
             is_alone = len(self.members) == 1
             member.forward = _forward_of(self.product) if is_alone else self._part(index)
+        self.is_attached = True
 
     def detach(self) -> None:
-        self._input, self._parts = None, {}
+        self._input, self._parts, self.is_attached = None, {}, False
         for member in self.members:
             if getattr(member.__dict__.get("forward"), "__module__", None) == __name__:
                 del member.forward

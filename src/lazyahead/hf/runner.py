@@ -24,7 +24,6 @@ from lazyahead.hf.graphs import StaticSegment, graphs_of
 from lazyahead.hf.model_spec import ModelSpec
 from lazyahead.hf.rows import AttentionParams
 from lazyahead.hf.segment import Segment
-from lazyahead.hf.steady import fewest_rows
 from lazyahead.hf.temperature import tuned, tuned_modules, untuned
 from lazyahead.hf.trace import switched
 
@@ -112,7 +111,7 @@ class Runner:
                 logits = self._graphs.run(segments, self._prepared)
                 if logits is not None:
                     return logits
-            batch = Batch(segments, self._spec, on_layer, fewest_rows(device, self.model.dtype))
+            batch = Batch(segments, self._spec, on_layer, self._attachment.fewest_rows)
             return self._forward(batch, torch.tensor([batch.token_ids], device=device))
 
     def _prepared(self, segment: StaticSegment) -> Callable[[], Tensor]:
