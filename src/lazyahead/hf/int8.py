@@ -48,7 +48,7 @@ class Int8Product:
             codes, scales = _quantized_rows(rows[part])
             sums = torch._int_mm(codes, self._codes.T)
             self._scale(sums, scales, out[part])
-        return out.view(*input.shape[:-1], -1)
+        return out.view(*input.shape[:-1], len(self._codes))
 
     def _scale(self, sums: Tensor, scales: Tensor, out: Tensor) -> None:
         """Sums (T, out) as numbers; `scales` (T, 1) of the rows."""
