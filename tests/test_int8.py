@@ -130,6 +130,8 @@ def test_a_session_of_another_dtype_is_refused(tmp_path: Path) -> None:
 def test_where_it_cannot_be_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="loaded in float32; load it in int8"):
         LLM(FAMILIES["llama"](), dtype="int8", prefill=None)
+    with pytest.raises(ConfigError, match="packed=True"):
+        LLM(dtype="int8", prefill=None, packed=True)
     with pytest.raises(ConfigError, match="tp=2"):
         load(str(reader_path()), "int8", tp=2)
     bare = FAMILIES["llama"]().bfloat16()

@@ -47,8 +47,13 @@ class Attachment:
         self._plain = threading.local()
 
     def pack(self, model: PreTrainedModel, wanted: bool | None) -> None:
-        """Packs the weights, once for all engines, where `packed_of` says so."""
+        """Packs the weights, once for all engines, where `packed_of` says so. Raises ConfigError
+        where packing is asked for and weights are in 8 bits."""
         with self.lock:
+            if wanted and self.packed is not None and self.packed.is_int8:
+                raise ConfigError(
+                    "packed=True packs float weights, not those of int8; leave it out"
+                )
             if self.packed is None:
                 self.packed = packed_of(model, wanted)
 
