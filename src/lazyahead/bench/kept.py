@@ -15,7 +15,6 @@ import torch
 from lazyahead.bench.bootstrap import Interval, ratio_interval
 from lazyahead.bench.data.encode import encode_answer, without_context
 from lazyahead.bench.data.sample import Sample
-from lazyahead.hf.attach import dtype_name
 from lazyahead.integrations.likelihood import dictate
 from lazyahead.llm import LLM
 from lazyahead.text import Prompt
@@ -33,7 +32,7 @@ class Likelihood(NamedTuple):
     none: float
     full: float
     ways: tuple[float, ...]
-    """Of the full reading, then the ways compared; empty where the sample does not count."""
+    """Of the ways compared; empty where the sample does not count."""
 
     @property
     def counts(self) -> bool:
@@ -41,10 +40,10 @@ class Likelihood(NamedTuple):
         return self.full - self.none >= LEAST_GAIN * self.num_tokens
 
 
-def measure_likelihood(llm: LLM, ways: Sequence[LLM], sample: Sample, prompt: Prompt) -> Likelihood:
+def measure_likelihood(ways: Sequence[LLM], sample: Sample, prompt: Prompt) -> Likelihood:
     """Dictates the sample's first right answer to the plain model, with context and without, and,
-    where the context adds enough, to each of `ways`. Where `llm` is in 8-bit integers, which the
-    plain model is not, it is the first way itself."""
+    where the context adds enough, to each of `ways`, which share that model."""
+    llm = ways[0]
     answer = encode_answer(llm.tokenizer, sample, LONGEST_ANSWER)
     if not answer:
         return Likelihood(1, 0.0, 0.0, ())
@@ -54,10 +53,7 @@ def measure_likelihood(llm: LLM, ways: Sequence[LLM], sample: Sample, prompt: Pr
     if not found.counts:
         return found
     pairs, questions = [(prompt.token_ids, answer)], [prompt.question]
-    is_plain = dtype_name(llm.model) != "int8"
-    ways = ways if is_plain else [llm, *ways]
-    own = tuple(dictate(way, pairs, questions)[0][0] for way in ways)
-    return found._replace(ways=(full, *own) if is_plain else own)
+    return found._replace(ways=tuple(dictate(way, pairs, questions)[0][0] for way in ways))
 
 
 def kept_interval(likelihoods: Sequence[Likelihood], way: int, seed: int = 0) -> Interval | None:

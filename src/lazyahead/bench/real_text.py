@@ -199,7 +199,7 @@ def _read(
             plain_s = run_baseline(engines[0].model, prompt.token_ids, once).ttft_s
     ordered = tuple(answers[index] for index in range(len(engines)))
     scores = tuple(score(sample, answer.text) for answer in ordered)
-    likelihood = measure_likelihood(engines[0], engines[1:], sample, prompt)
+    likelihood = measure_likelihood(engines, sample, prompt)
     return _Reading(sample, ordered, scores, likelihood, plain_s)
 
 
