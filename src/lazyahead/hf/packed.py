@@ -34,13 +34,20 @@ _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children of one module that are called with the same input, one after another."""
 
 
-def can_pack(module: nn.Module) -> bool:
-    """A plain linear layer in bf16 or fp32 on the CPU that nobody has wrapped."""
+def is_plain(module: nn.Module) -> bool:
+    """A linear layer in bf16 or fp32 on the CPU that nobody has wrapped."""
     return (
         type(module) is nn.Linear
         and "forward" not in module.__dict__
         and module.weight.device.type == "cpu"
         and module.weight.dtype in (torch.bfloat16, torch.float32)
+    )
+
+
+def can_pack(module: nn.Module) -> bool:
+    """A plain linear layer whose weights oneDNN can pack here."""
+    return (
+        is_plain(module)
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and (module.weight.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
@@ -52,7 +59,7 @@ def packed_of(model: nn.Module, wanted: bool | None = None) -> Packed | None:
     Raises ConfigError."""
     if wanted is None:
         wanted = _environment()
-    groups = _groups(model)
+    groups = _groups(model, can_pack)
     if wanted is None:
         need = sum(member.weight.nbytes for group in groups for member in group)
         wanted = _SPARE * need <= psutil.virtual_memory().available
@@ -65,7 +72,9 @@ def packed_of(model: nn.Module, wanted: bool | None = None) -> Packed | None:
 
 def int8_of(model: nn.Module) -> Packed | None:
     """The products of a model's linear layers in 8-bit integers; None where none can be."""
-    groups = [group for group in _groups(model) if group[0].weight.dtype == torch.bfloat16]
+    groups = [
+        group for group in _groups(model, is_plain) if group[0].weight.dtype == torch.bfloat16
+    ]
     return Packed(model, groups, _int8_product) if groups else None
 
 
@@ -130,7 +139,8 @@ class Packed:
                 group.detach()
 
 
-def _groups(model: nn.Module) -> list[list[nn.Linear]]:
+def _groups(model: nn.Module, fits: Callable[[nn.Module], bool]) -> list[list[nn.Linear]]:
+    """The layers of a model that fit, those together that share an input."""
     groups: list[list[nn.Linear]] = []
     taken: set[int] = set()
     for parent in model.modules():
@@ -138,11 +148,11 @@ def _groups(model: nn.Module) -> list[list[nn.Linear]]:
         for names in _SIBLINGS:
             members = [children[name] for name in names if name in children]
             linears = [member for member in members if isinstance(member, nn.Linear)]
-            if len(linears) == len(names) and all(map(can_pack, linears)) and _fit(linears):
+            if len(linears) == len(names) and all(map(fits, linears)) and _share(linears):
                 groups.append(linears)
                 taken.update(map(id, linears))
     for module in model.modules():
-        if id(module) not in taken and isinstance(module, nn.Linear) and can_pack(module):
+        if id(module) not in taken and isinstance(module, nn.Linear) and fits(module):
             groups.append([module])
     return [group for group in groups if _pays(group)]
 
@@ -162,7 +172,7 @@ def _pays(members: Sequence[nn.Linear]) -> bool:
     return members[0].weight.dtype != torch.float32 or size >= _LARGE
 
 
-def _fit(members: Sequence[nn.Linear]) -> bool:
+def _share(members: Sequence[nn.Linear]) -> bool:
     return len({(m.in_features, m.weight.dtype, m.bias is None) for m in members}) == 1
 
 
@@ -224,7 +234,7 @@ class _Group:
 
     def attach(self) -> None:
         """Where the weights are still those that were packed and nobody has wrapped the layers."""
-        if not all(map(can_pack, self.members)) or self._state() != self._made_of:
+        if not all(map(is_plain, self.members)) or self._state() != self._made_of:
             return
         for index, member in enumerate(self.members):
             is_alone = len(self.members) == 1
