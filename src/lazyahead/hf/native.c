@@ -18,6 +18,7 @@ enum {
     EXTRA = 2,    // columns behind each key, -1 and 0
     MOST_QUERIES = 16,  // that are computed together
     MOST_ROWS = 16,     // of a linear layer
+    SHARED = 1 << 21,   // weights from which on threads share a layer: waking them takes time
     HIDDEN = 0xff80,    // -inf
     MOST_WIDTH = 256,
 };
@@ -151,7 +152,7 @@ INLINE void linear_16(const bf16 *in, const bf16 *weight, const bf16 *bias, bf16
 // apart.
 void linear_rows(const bf16 *in, const bf16 *weight, const bf16 *bias, bf16 *out, num count,
                  num width, num size, num stride, num part, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+#pragma omp parallel for num_threads(threads) if (threads > 1 && size * width >= SHARED)
     for (num n = 0; n < size; n += 16) switch (count) {
 #define LINEAR(c) case c: linear_16(in, weight + n * width, bias ? bias + n : 0, out + n, c, \
                                     width, stride, part); break;
@@ -248,7 +249,7 @@ void int8_linear_rows(const bf16 *in, const int8_t *weight, const float *weight_
         scales[row] = quantize(in + row * width, (int8_t *)codes + row * width, width);
         for (num i = 0; i < width; i++) codes[row * width + i] += 128;
     }
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+#pragma omp parallel for num_threads(threads) if (threads > 1 && size * width >= SHARED)
     for (num n = 0; n < size; n += 16) switch (count) {
 #define INT8(c) case c: int8_linear_16(codes, scales, weight + n * width, weight_scales + n, \
                                        offsets + n, bias ? bias + n : 0, out + n, c, width, size); \
