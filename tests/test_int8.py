@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from lazyahead.cli import run
 from lazyahead.errors import ConfigError, SessionFileError, UnsupportedModelError
 from lazyahead.hf import attach, int8
 from lazyahead.hf.attach import dtype_name
-from lazyahead.hf.int8 import Int8Product, why_not
+from lazyahead.hf.int8 import why_not
 from lazyahead.hf.load import load
+from lazyahead.hf.packed import int8_of
 from lazyahead.reader import reader_path
 from lazyahead.sampling import Sampling
 
@@ -30,8 +32,9 @@ def layer(width: int, size: int, has_bias: bool = False) -> nn.Linear:
     return nn.Linear(width, size, bias=has_bias, dtype=torch.bfloat16)
 
 
-def product_of(linear: nn.Linear) -> Int8Product:
-    return Int8Product(linear.weight.detach(), linear.bias)
+def product_of(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    (product,) = [group.product for group in int8_of(nn.ModuleList([linear]))._groups]
+    return product.forward
 
 
 def rows_of(count: int, width: int) -> Tensor:

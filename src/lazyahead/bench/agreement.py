@@ -71,16 +71,19 @@ class Agreement:
     def add(self, prompts: list[list[int]]) -> None:
         """Compares all configurations on a batch of prompts, token ids each. Raises RequestError,
         ContextLengthError."""
+        lengths = []
         for check in self.divergences:
-            expected, found = (self._keep_all if check == "keep_all" else self._drafted)(
-                check, prompts
-            )
+            if check == "keep_all":
+                expected, found = self._kept(prompts)
+            else:
+                sampling = self._greedy if check == "drafting" else self._seeded
+                expected, found = self._drafted(prompts, sampling)
             self._compare(check, prompts, expected, found)
-            if check == next(iter(self.divergences)):
-                self.num_tokens += sum(map(len, expected))
+            lengths.append(sum(map(len, expected)))
         self.num_prompts += len(prompts)
+        self.num_tokens += sum(lengths[:1])
 
-    def _keep_all(self, check: str, prompts: list[list[int]]) -> tuple[list[Tokens], list[Tokens]]:
+    def _kept(self, prompts: list[list[int]]) -> tuple[list[Tokens], list[Tokens]]:
         """Answers of transformers, and ours with nothing deferred."""
         llm, sampling = self._llm, self._greedy
         expected = [
@@ -89,9 +92,10 @@ class Agreement:
         ]
         return expected, _answers(llm.generate(prompts, sampling=sampling))
 
-    def _drafted(self, check: str, prompts: list[list[int]]) -> tuple[list[Tokens], list[Tokens]]:
+    def _drafted(
+        self, prompts: list[list[int]], sampling: Sampling
+    ) -> tuple[list[Tokens], list[Tokens]]:
         """Answers without drafts, each alone, and with drafts in a batch."""
-        sampling = self._greedy if check == "drafting" else self._seeded
         drafted = self._drafting.generate(prompts, sampling=sampling)
         self._num_steps += sum(completion.stats.num_steps for completion in drafted)
         self._num_drafted += sum(completion.stats.answer_tokens - 1 for completion in drafted)

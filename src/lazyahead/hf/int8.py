@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lazyahead.hf.few_rows import fits
-from lazyahead.hf.native import MOST_ROWS, native
+from lazyahead.hf.native import native
 
 MOST = 127
 """Codes go from -127 to 127."""
@@ -20,11 +20,8 @@ _AT_ONCE = 256
 """Rows whose sums stay in the processor's cache; measured."""
 
 
-class Int8Product:
-    """`nn.functional.linear` with weights in 8 bits. Input and output are in bfloat16."""
-
-    is_steady = True
-    """Integer sums have no order."""
+class Int8Weights:
+    """The weights of a linear layer in 8 bits, and the layer over rows in bfloat16."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """Weight (out, in), bias (out,)."""
@@ -34,14 +31,13 @@ class Int8Product:
         self._bias = None if bias is None else bias.float()
         loops = native() if fits(*weight.shape) else None
         weights = (self._codes, self._scales, self._offsets, self._bias)
-        self._few = None if loops is None else loops.int8_linear(*weights)
+        self.few = None if loops is None else loops.int8_linear(*weights)
+        """The layer over up to `MOST_ROWS` rows; None where there is no loop for it."""
         self.nbytes = self._codes.nbytes
 
-    def __call__(self, input: Tensor) -> Tensor:
-        width = input.shape[-1]
-        if self._few is not None and input.numel() <= MOST_ROWS * width:
-            return self._few(input)
-        rows = input.reshape(-1, width)
+    def many(self, input: Tensor) -> Tensor:
+        """The layer over any number of rows (..., in), with the same bits."""
+        rows = input.reshape(-1, input.shape[-1])
         out = torch.empty(rows.shape[0], len(self._codes), dtype=torch.bfloat16)
         for start in range(0, rows.shape[0], _AT_ONCE):
             part = slice(start, start + _AT_ONCE)

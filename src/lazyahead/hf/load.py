@@ -91,7 +91,8 @@ def adopt(model: PreTrainedModel, dtype: str | torch.dtype, device: str) -> None
         attachment_of(model).quantize(model)
     elif dtype not in ("auto", own):
         raise ConfigError(f"the model was loaded in {own}; load it in {dtype}, or leave dtype out")
-    if device != "auto" and not str(model.device).startswith(str(_device(device))):
+    wanted = model.device if device == "auto" else _device(device)
+    if wanted.type != model.device.type or wanted.index not in (None, model.device.index):
         raise ConfigError(
             f"the model is on {model.device}; move it to {device}, or leave device out"
         )

@@ -39,6 +39,8 @@ _EXTENSIONS = (
     *("fma", "avx2", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
     *("avx512bf16", "avx512vnni"),
 )
+_NEEDED = ("_is_avx512_bf16_supported", "_is_vnni_supported")
+"""What torch must say of the processor; whoever has these has the others."""
 _FLAGS = (
     *("-O3", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off"),
     *(f"-m{name}" for name in _EXTENSIONS),
@@ -69,8 +71,8 @@ def _made() -> Native | None:
     wanted = os.environ.get(ENVIRONMENT, "")
     if wanted not in ("", "0", "1"):
         raise ConfigError(f"{ENVIRONMENT} is 0 or 1, got {wanted!r}")
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    if wanted == "0" or not has_bf16():
+    has = [getattr(torch.cpu, name, lambda: False) for name in _NEEDED]
+    if wanted == "0" or not all(check() for check in has):
         return None
     path = _compiled()
     if path is None:

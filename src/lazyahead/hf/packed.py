@@ -12,17 +12,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from lazyahead.errors import ConfigError
 from lazyahead.hf.few_rows import few_rows
-from lazyahead.hf.int8 import Int8Product
-from lazyahead.hf.native import MOST_ROWS
+from lazyahead.hf.int8 import Int8Weights
+from lazyahead.hf.native import MOST_ROWS, Rows
 
 ENVIRONMENT = "LAZYAHEAD_PACKED"
 """1 packs whatever the memory, 0 never does."""
@@ -64,10 +64,14 @@ def packed_of(model: nn.Module, wanted: bool | None = None) -> Packed | None:
         need = sum(member.weight.nbytes for group in groups for member in group)
         wanted = _SPARE * need <= psutil.virtual_memory().available
     if wanted:
-        return Packed(model, groups, _PackedProduct) if groups else None
-    singles = [[member] for group in groups for member in group]
-    few = [group for group in singles if few_rows(group) is not None]
-    return Packed(model, few, _PlainProduct) if few else None
+        return _made(model, groups, _packed_product)
+    members = [member for group in groups for member in group]
+    few = {member: few_rows([member]) for member in members}
+    return _made(
+        model,
+        [[member] for member in members if few[member] is not None],
+        lambda group: Product(few[group[0]], partial(nn.Linear.forward, group[0]), True),
+    )
 
 
 def int8_of(model: nn.Module) -> Packed | None:
@@ -75,7 +79,17 @@ def int8_of(model: nn.Module) -> Packed | None:
     groups = [
         group for group in _groups(model, is_plain) if group[0].weight.dtype == torch.bfloat16
     ]
-    return Packed(model, groups, _int8_product) if groups else None
+    return _made(model, groups, _int8_product, is_int8=True)
+
+
+def _made(
+    model: nn.Module,
+    groups: Sequence[Sequence[nn.Linear]],
+    product: Callable[[Sequence[nn.Linear]], Product],
+    is_int8: bool = False,
+) -> Packed | None:
+    made = [_Group(members, product(members)) for members in groups]
+    return Packed(made, _are_all(model, groups), is_int8) if made else None
 
 
 def _environment() -> bool | None:
@@ -85,33 +99,30 @@ def _environment() -> bool | None:
     return None if value == "" else value == "1"
 
 
-class Product(Protocol):
+class Product(NamedTuple):
     """What computes the outputs, side by side, of linear layers that share an input."""
 
-    @property
-    def nbytes(self) -> int:
-        """What it holds on top of the plain weights."""
+    few: Rows | None
+    """Of up to `MOST_ROWS` rows; None where they go with the many."""
+    many: Rows
+    is_steady: bool
+    """Whether a row has the same bits in any company."""
+    nbytes: int = 0
+    """What is held on top of the plain weights."""
 
-    @property
-    def is_steady(self) -> bool:
-        """Whether a row has the same bits in any company."""
-
-    def __call__(self, input: Tensor) -> Tensor: ...
+    def forward(self, input: Tensor) -> Tensor:
+        if self.few is not None and input.numel() <= MOST_ROWS * input.shape[-1]:
+            return self.few(input)
+        return self.many(input)
 
 
 class Packed:
     """Products over the weights of a model, made once: about as long as reading them twice."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        groups: Sequence[Sequence[nn.Linear]],
-        make: Callable[[Sequence[nn.Linear]], Product],
-    ) -> None:
-        """`groups`: layers of the model, those that share an input together."""
-        self._groups = [_Group(members, make(members)) for members in groups]
-        self._is_all = _are_all(model, groups)
-        self.is_int8 = make is _int8_product
+    def __init__(self, groups: Sequence[_Group], are_all: bool, is_int8: bool) -> None:
+        """`groups`: layers of a model, those that share an input together. `are_all`: whether the
+        model multiplies with no other weights."""
+        self._groups, self._are_all, self.is_int8 = groups, are_all, is_int8
 
     @property
     def nbytes(self) -> int:
@@ -122,7 +133,7 @@ class Packed:
     def is_steady(self) -> bool:
         """Whether all products of the model with its weights are attached here, and give a row the
         same bits in any company."""
-        return self._is_all and all(
+        return self._are_all and all(
             group.is_attached and group.product.is_steady for group in self._groups
         )
 
@@ -183,41 +194,23 @@ def _joined(members: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     return weight, torch.cat([m.bias.detach() for m in members]) if has_bias else None
 
 
-class _PackedProduct:
+def _packed_product(members: Sequence[nn.Linear]) -> Product:
     """With the bits of plain layers."""
+    weight, bias = _joined(members)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    product = torch.ops.mkldnn._linear_pointwise.default
 
-    def __init__(self, members: Sequence[nn.Linear]) -> None:
-        weight, self._bias = _joined(members)
-        self.nbytes = weight.nbytes
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        self._product = torch.ops.mkldnn._linear_pointwise.default
-        self._few = few_rows(members)
-        self.is_steady = self._few is not None
-
-    def __call__(self, input: Tensor) -> Tensor:
-        if self._few is not None and input.numel() <= MOST_ROWS * input.shape[-1]:
-            return self._few(input)
-        output: Tensor = self._product(input, self._weight, self._bias, "none", [], "")
+    def many(input: Tensor) -> Tensor:
+        output: Tensor = product(input, packed, bias, "none", [], "")
         return output
 
-
-class _PlainProduct:
-    """One layer over its plain weights."""
-
-    nbytes = 0
-
-    def __init__(self, members: Sequence[nn.Linear]) -> None:
-        (self._layer,), self._few = members, few_rows(members)
-        self.is_steady = self._few is not None
-
-    def __call__(self, input: Tensor) -> Tensor:
-        if self._few is not None and input.numel() <= MOST_ROWS * input.shape[-1]:
-            return self._few(input)
-        return linear(input, self._layer.weight, self._layer.bias)
+    few = few_rows(members)
+    return Product(few, many, few is not None, weight.nbytes)
 
 
 def _int8_product(members: Sequence[nn.Linear]) -> Product:
-    return Int8Product(*_joined(members))
+    weights = Int8Weights(*_joined(members))
+    return Product(weights.few, weights.many, True, weights.nbytes)  # sums have no order
 
 
 class _Group:
@@ -238,7 +231,7 @@ class _Group:
             return
         for index, member in enumerate(self.members):
             is_alone = len(self.members) == 1
-            member.forward = _forward_of(self.product) if is_alone else self._part(index)
+            member.forward = self.product.forward if is_alone else self._part(index)
         self.is_attached = True
 
     def detach(self) -> None:
@@ -257,7 +250,7 @@ class _Group:
     def _part(self, index: int) -> Callable[[Tensor], Tensor]:
         def forward(input: Tensor) -> Tensor:
             if self._input is not input or index not in self._parts:
-                parts = self.product(input).split_with_sizes(self.sizes, -1)
+                parts = self.product.forward(input).split_with_sizes(self.sizes, -1)
                 self._parts, self._input = dict(enumerate(parts)), input
             part = self._parts.pop(index)
             if not self._parts:
@@ -265,10 +258,3 @@ class _Group:
             return part
 
         return forward
-
-
-def _forward_of(product: Product) -> Callable[[Tensor], Tensor]:
-    def forward(input: Tensor) -> Tensor:
-        return product(input)
-
-    return forward
