@@ -2,7 +2,8 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lazyahead.errors import (
 )
 from lazyahead.hf import gguf as gguf_module
 from lazyahead.hf.gguf import convert_gguf, load_gguf
+from lazyahead.hf.gguf_tokenizer import check_tokenizer
 from lazyahead.hf.load import load, model_config
 
 
@@ -115,6 +117,58 @@ def test_an_unknown_architecture_is_named(file: Path, tmp_path: Path) -> None:
     strange = damaged(tmp_path / "strange.gguf", content)
     with pytest.raises(UnsupportedModelError, match=r"strange\.gguf.*lemon"):
         load(str(strange))
+
+
+class Characters:
+    """A tokenizer whose merges are lost."""
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return [ord(letter) for letter in text]
+
+
+class Headless:
+    """A tokenizer that begins texts with a token only when told to, or never."""
+
+    bos_token_id = 0
+
+    def __init__(self, listens: bool) -> None:
+        self.listens, self.add_bos_token = listens, False
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return [1]
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [0, 1] if self.listens and self.add_bos_token else [1]}
+
+
+def test_a_tokenizer_that_transformers_reads_wrongly_is_refused(
+    file: Path, monkeypatch: Any
+) -> None:
+    def asks(tokens: list[str], begins: bool) -> None:
+        fields = {"tokens": tokens, "add_bos_token": begins}
+        named = {f"tokenizer.ggml.{name}": Field(value) for name, value in fields.items()}
+        monkeypatch.setattr("gguf.GGUFReader", lambda _: SimpleNamespace(fields=named))
+
+    words = ["▁question", "Ġanswer", "based", "<pad>", "▁der"]
+    asks(words, begins=False)
+    check_tokenizer(file, Headless(listens=False))
+    with pytest.raises(UnsupportedModelError, match=r"loses the merges of .*tiny\.gguf"):
+        check_tokenizer(file, Characters())
+    asks(words, begins=True)
+    tokenizer = Headless(listens=True)
+    check_tokenizer(file, tokenizer)
+    assert tokenizer("a")["input_ids"] == [0, 1]
+    with pytest.raises(UnsupportedModelError, match="loses the first token"):
+        check_tokenizer(file, Headless(listens=False))
+
+
+class Field(NamedTuple):
+    """A field of a GGUF file."""
+
+    value: Any
+
+    def contents(self) -> Any:
+        return self.value
 
 
 def test_rotary_scaling_that_would_be_lost_is_refused(

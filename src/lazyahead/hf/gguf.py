@@ -31,6 +31,7 @@ from lazyahead.errors import (
     UnsupportedModelError,
 )
 from lazyahead.hf.gguf_rope import FACTORS, llama3_scaling
+from lazyahead.hf.gguf_tokenizer import check_tokenizer
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"
@@ -62,11 +63,14 @@ def load_gguf(
     target = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **where)
+        check_tokenizer(file, tokenizer)
         with _heard(progress):
             model = AutoModelForCausalLM.from_pretrained(
                 str(file.parent), dtype=target, attn_implementation="sdpa", **_dequantise(), **where
             )
         return _plain(model, target, scaling).to(device), tokenizer
+    except UnsupportedModelError:
+        raise
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(
             f"{file} does not fit on {device}; choose a smaller model"
