@@ -168,6 +168,16 @@ def test_only_modules_that_prove_to_compute_the_same_are_replaced(loops: Native)
         assert "forward" not in model.__dict__
 
 
+def test_batches_of_others_are_computed_whole(loops: Native) -> None:
+    model = Mlp().bfloat16()
+    model.act_fn = nn.SiLU()
+    rows = drawn(2, 9, 64)
+    with torch.no_grad():
+        plain = model(rows)
+        with Fused(model).attached():
+            near(model(rows), plain)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
 def test_norms_keep_their_way_of_rounding(loops: Native, family: str) -> None:
     model = FAMILIES[family]().bfloat16()

@@ -107,7 +107,7 @@ def _mlp(module: Any, loops: Native, known: dict[Any, Any]) -> Forward | None:
     own: Forward = partial(type(module).forward, module)
 
     def forward(x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or x.dtype != torch.bfloat16 or x.ndim != 3:
+        if torch.is_grad_enabled() or x.dtype != torch.bfloat16 or x.ndim != 3 or len(x) != 1:
             return own(x)
         out: Tensor = down(loops.silu_mul(gate(x), up(x)))
         return out
