@@ -14,6 +14,7 @@ from lazyahead.cache.kv import LayerKV
 from lazyahead.hf.band import attend_band, can_attend_band
 from lazyahead.hf.rows import NUM_SINKS, AttentionParams, LocalWindow, QueryRows
 from lazyahead.hf.scores import mask_of, sees_everything, weights_of
+from lazyahead.hf.triton_loops import can_attend, triton_loops
 
 _FEW = 64
 """Up to this many rows, the query heads that share keys are folded into rows: no key is read twice.
@@ -36,7 +37,7 @@ def attend(query: Tensor, kv: LayerKV, rows: QueryRows, heads: AttentionParams) 
     plain = heads.softcap is None and heads.sinks is None
     whole = sees_everything(rows, heads)
     if num_rows == 1 and whole and plain:
-        return _fold(query, kv.keys, kv.values, None, heads)
+        return _attend_few(query, kv.keys, kv.values, None, heads)
     local = rows.local if heads.window is None and heads.chunk is None else None
     fused = plain and can_attend_band(query, kv.values)
     if local is not None and not fused:
@@ -48,7 +49,7 @@ def attend(query: Tensor, kv: LayerKV, rows: QueryRows, heads: AttentionParams) 
         return attend_last(query, kv, heads)
     if num_rows <= _FEW and plain:
         bias = _bias(rows, kv, heads, query.shape[1] // kv.keys.shape[1])
-        return _fold(query, kv.keys, kv.values, bias, heads)
+        return _attend_few(query, kv.keys, kv.values, bias, heads)
     blocks = [
         _attend_block(query[:, :, start : start + _BLOCK], start, kv, rows, heads)
         for start in range(0, num_rows, _BLOCK)
@@ -86,7 +87,7 @@ def attend_slots(
     shows them, or `bias_of` it: (1, H, T, D_v)."""
     if heads.softcap is not None or heads.sinks is not None:
         return _answer(query, keys, values, mask, heads)
-    return _fold(query, keys, values, bias, heads)
+    return _attend_few(query, keys, values, bias, heads)
 
 
 def bias_of(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -214,6 +215,31 @@ def _answer(
     """What no kernel computes: soft caps and sinks. (1, H, T, D) -> (1, H, T, D_v)."""
     weights = weights_of(query, keys, mask, heads).to(values.dtype)
     return (weights @ values).view(1, query.shape[1], query.shape[2], -1)
+
+
+def _attend_few(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, heads: AttentionParams
+) -> Tensor:
+    """Few rows (1, H, T, D) over keys (1, H_kv, N, D), `bias` (G * T, N) added to their logits:
+    (1, H, T, D_v). On a GPU not by a fused kernel that takes a bias: it is planned anew for each
+    number of keys."""
+    loops = triton_loops(query)
+    if loops is not None and can_attend(query, keys, values):
+        return loops.attend(query, keys, values, bias, heads.scaling)
+    if bias is None or not query.is_cuda:
+        return _fold(query, keys, values, bias, heads)
+    return _by_products(query, keys, values, bias, heads)
+
+
+def _by_products(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, heads: AttentionParams
+) -> Tensor:
+    """The same by two products, logits in the dtype of the query."""
+    num_heads, num_rows, num_kv = query.shape[1], query.shape[2], keys.shape[1]
+    folded = query.reshape(num_kv, num_heads // num_kv * num_rows, -1)
+    logits = torch.baddbmm(bias, folded, keys[0].transpose(1, 2), alpha=heads.scaling)
+    weights = logits.softmax(-1, dtype=torch.float32).to(values.dtype)
+    return torch.bmm(weights, values[0]).view(1, num_heads, num_rows, -1)
 
 
 def _fold(

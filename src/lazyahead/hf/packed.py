@@ -1,10 +1,11 @@
-"""Products of linear layers on the CPU: over weights that oneDNN has packed once and, of few rows,
-over the plain ones, with the bits of plain layers in bf16; or in 8-bit integers.
+"""Products of linear layers. On the CPU: over weights that oneDNN has packed once and, of few rows,
+over the plain ones, with the bits of plain layers in bf16; or in 8-bit integers. On a GPU: of few
+rows, over the plain weights.
 
 Nothing of the model's code changes: while attached, each `nn.Linear` has an instance attribute
-`forward`. Projections that read the same input (q, k, v; gate, up) share one packed weight and one
-product. Packed weights stand beside the plain ones: they double the memory of the layers, those of
-8 bits add half of it.
+`forward`. Projections that read the same input (q, k, v; gate, up) share one product, and one
+packed weight. Packed weights stand beside the plain ones: they double the memory of the layers,
+those of 8 bits add half of it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from lazyahead.errors import ConfigError
 from lazyahead.hf.few_rows import few_rows
 from lazyahead.hf.int8 import Int8Weights
 from lazyahead.hf.native import MOST_ROWS, Rows
+from lazyahead.hf.ranks import num_ranks
+from lazyahead.hf.triton_loops import fits, triton_loops
 
 ENVIRONMENT = "LAZYAHEAD_PACKED"
 """1 packs whatever the memory, 0 never does."""
@@ -35,10 +38,15 @@ _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def is_plain(module: nn.Module) -> bool:
-    """A linear layer in bf16 or fp32 on the CPU that nobody has wrapped."""
+    """A linear layer that nobody has wrapped, with weights that are plain numbers."""
+    is_linear = type(module) is nn.Linear and type(module.weight) is nn.Parameter
+    return is_linear and "forward" not in module.__dict__
+
+
+def is_on_cpu(module: nn.Module) -> bool:
+    """A plain linear layer in bf16 or fp32 on the CPU."""
     return (
-        type(module) is nn.Linear
-        and "forward" not in module.__dict__
+        is_plain(module)
         and module.weight.device.type == "cpu"
         and module.weight.dtype in (torch.bfloat16, torch.float32)
     )
@@ -47,10 +55,16 @@ def is_plain(module: nn.Module) -> bool:
 def can_pack(module: nn.Module) -> bool:
     """A plain linear layer whose weights oneDNN can pack here."""
     return (
-        is_plain(module)
+        is_on_cpu(module)
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and (module.weight.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
+
+
+def has_kernels(module: nn.Module) -> bool:
+    """A plain linear layer on a GPU that has products of its own for few rows."""
+    weight: Any = module.weight if is_plain(module) else None
+    return weight is not None and fits(weight) and triton_loops(weight) is not None
 
 
 def packed_of(model: nn.Module, wanted: bool | None = None) -> Packed | None:
@@ -59,6 +73,9 @@ def packed_of(model: nn.Module, wanted: bool | None = None) -> Packed | None:
     Raises ConfigError."""
     if wanted is None:
         wanted = _environment()
+    on_gpu = _groups(model, has_kernels) if num_ranks(model) == 1 else []
+    if on_gpu:
+        return _made(model, on_gpu, _gpu_product)
     groups = _groups(model, can_pack)
     if wanted is None:
         need = sum(member.weight.nbytes for group in groups for member in group)
@@ -77,7 +94,7 @@ def packed_of(model: nn.Module, wanted: bool | None = None) -> Packed | None:
 def int8_of(model: nn.Module) -> Packed | None:
     """The products of a model's linear layers in 8-bit integers; None where none can be."""
     groups = [
-        group for group in _groups(model, is_plain) if group[0].weight.dtype == torch.bfloat16
+        group for group in _groups(model, is_on_cpu) if group[0].weight.dtype == torch.bfloat16
     ]
     return _made(model, groups, _int8_product, is_int8=True)
 
@@ -104,16 +121,26 @@ class Product(NamedTuple):
 
     few: Rows | None
     """Of up to `MOST_ROWS` rows; None where they go with the many."""
-    many: Rows
+    many: Rows | None
+    """Of more; None where each layer multiplies by itself."""
     is_steady: bool
     """Whether a row has the same bits in any company."""
     nbytes: int = 0
     """What is held on top of the plain weights."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.few is not None and input.numel() <= MOST_ROWS * input.shape[-1]:
+        if self.few is not None and _are_few(input):
             return self.few(input)
+        assert self.many is not None
         return self.many(input)
+
+    def leaves(self, input: Tensor) -> bool:
+        """Whether each layer multiplies this by itself."""
+        return self.many is None and (torch.is_grad_enabled() or not _are_few(input))
+
+
+def _are_few(input: Tensor) -> bool:
+    return input.numel() <= MOST_ROWS * input.shape[-1]
 
 
 class Packed:
@@ -184,7 +211,8 @@ def _pays(members: Sequence[nn.Linear]) -> bool:
 
 
 def _share(members: Sequence[nn.Linear]) -> bool:
-    return len({(m.in_features, m.weight.dtype, m.bias is None) for m in members}) == 1
+    kinds = {(m.in_features, m.weight.dtype, m.weight.device, m.bias is None) for m in members}
+    return len(kinds) == 1
 
 
 def _joined(members: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
@@ -206,6 +234,13 @@ def _packed_product(members: Sequence[nn.Linear]) -> Product:
 
     few = few_rows(members)
     return Product(few, many, few is not None, weight.nbytes)
+
+
+def _gpu_product(members: Sequence[nn.Linear]) -> Product:
+    """Rows have other bits where there are many of them."""
+    loops = triton_loops(members[0].weight)
+    assert loops is not None
+    return Product(loops.linear([(m.weight, m.bias) for m in members]), None, False)
 
 
 def _int8_product(members: Sequence[nn.Linear]) -> Product:
@@ -230,7 +265,7 @@ class _Group:
         if not all(map(is_plain, self.members)) or self._state() != self._made_of:
             return
         for index, member in enumerate(self.members):
-            is_alone = len(self.members) == 1
+            is_alone = len(self.members) == 1 and self.product.many is not None
             member.forward = self.product.forward if is_alone else self._part(index)
         self.is_attached = True
 
@@ -248,7 +283,11 @@ class _Group:
         return [part for m in self.members for part in (m.weight, m.bias) if part is not None]
 
     def _part(self, index: int) -> Callable[[Tensor], Tensor]:
+        own = partial(nn.Linear.forward, self.members[index])
+
         def forward(input: Tensor) -> Tensor:
+            if self.product.leaves(input):
+                return own(input)
             if self._input is not input or index not in self._parts:
                 parts = self.product.forward(input).split_with_sizes(self.sizes, -1)
                 self._parts, self._input = dict(enumerate(parts)), input

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from lazyahead.cache.kv import BLOCKED_DTYPE
 from lazyahead.errors import LazyAheadError, OutOfMemoryError
 from lazyahead.hf.attach import attachment_of, current
 from lazyahead.hf.batch import Batch
@@ -44,7 +43,7 @@ class Runner:
         self._tuned = tuned_modules(spec.layers)
         self._attachment = attachment_of(model)
         self._graphs = graphs_of(spec, bool(self._tuned))
-        if spec.device.type == "cpu" and model.dtype == BLOCKED_DTYPE:
+        if spec.device.type == "cpu" or spec.ranks == 1:
             self._attachment.fuse(model)
 
     def pack(self, wanted: bool | None) -> None:
