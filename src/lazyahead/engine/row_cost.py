@@ -17,6 +17,7 @@ from lazyahead.folders import cache_folder
 from lazyahead.hf.attach import dtype_name
 from lazyahead.hf.native import native
 from lazyahead.hf.ranks import num_ranks
+from lazyahead.hf.triton_loops import triton_loops
 
 _LEARNED: WeakKeyDictionary[PreTrainedModel, dict[str, LearnedRowCost]] = WeakKeyDictionary()
 _LOCK = Lock()
@@ -59,7 +60,8 @@ def _key(model: PreTrainedModel) -> str:
     ranks = num_ranks(model)
     if ranks > 1:
         hardware += f"-tp{ranks}"
-    if not is_cuda and native(model.dtype) is not None:
+    weight = next(model.parameters())
+    if (triton_loops(weight) if is_cuda else native(model.dtype)) is not None:
         hardware += "-linear loops"
     parts = [config, dtype_name(model), hardware, torch.__version__, "cpu time"]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
