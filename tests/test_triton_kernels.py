@@ -79,6 +79,7 @@ def test_norms_round_as_they_are_told(loops: TritonLoops, way: tuple[float, bool
     found = loops.rms_norm(rows, weight, 1e-5, offset, rounds)
     assert (found != wanted).float().mean() < 0.01
     near(found, wanted)
+    assert loops.rms_norm(rows[:, :0], weight, 1e-5, offset, rounds).shape == (2, 0, 48)
     strided = drawn(2, 5, 96)[..., :48]
     assert torch.equal(
         loops.rms_norm(strided, weight, 1e-5, *way),

@@ -88,7 +88,7 @@ class TritonLoops:
         out, width = torch.empty_like(rows), rows.shape[-1]
         columns = _power_of_two(width)
         with _on(rows):
-            self._kernels.rms_norm_rows[(max(1, rows.numel() // width),)](
+            self._kernels.rms_norm_rows[(rows.numel() // width,)](
                 *(rows, weight, out, epsilon, width),
                 OFFSET=offset,
                 ROUNDS=rounds,
