@@ -6,6 +6,7 @@ what depends on Python alone is as frozen as in a CUDA graph.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lazyahead.engine.engine import Engine, Request
 from lazyahead.errors import ConfigError
-from lazyahead.hf.graphs import DecodeGraphs, graphs_of
+from lazyahead.hf.graphs import MOST_RECORDED, DecodeGraphs, graphs_of
+from lazyahead.hf.segment import Segment
 
 NUM_TOKENS = 14
 SKIPPED = {
@@ -103,6 +105,30 @@ def test_drafts_revivals_and_turns_are_as_without(
     assert written(engine, texts, turns=2) == expected
     if prefill in ("none", "calm"):
         assert recorder.num_replayed
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_drafts_of_a_lone_request_fit_a_recorded_step(
+    is_recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (text,) = prompts(40)
+    plain = engine_for("llama")
+    alone = request_for(plain, text, 40)
+    finish(plain, [alone])
+    engine = engine_for("llama", None, FakeDrafter("always", {tuple(text): list(alone.answer)}))
+    if is_recorded:
+        recording(engine)
+    run, rows = engine.runner.run, []
+
+    def counted(segments: Sequence[Segment], *args: Any) -> Tensor:
+        rows.extend(segment.num_rows for segment in segments if segment.num_drafts)
+        return run(segments, *args)
+
+    monkeypatch.setattr(engine.runner, "run", counted)
+    drafted = request_for(engine, text, 40)
+    finish(engine, [drafted])
+    assert drafted.answer == alone.answer
+    assert max(rows) == (MOST_RECORDED if is_recorded else 39)
 
 
 def test_a_long_answer_is_recorded_again_where_its_buffers_have_grown() -> None:

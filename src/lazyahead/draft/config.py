@@ -20,7 +20,8 @@ class Lookahead:
     """
 
     decoding_length: int = 64
-    """Most draft tokens in one pass."""
+    """Most draft tokens in one pass. On a GPU a request that runs alone has 15, as many as its
+    recorded steps hold."""
     branch_length: int = 16
     """Depth of the trie: most tokens that one pass can accept, the bonus token apart."""
     mode: Literal["hierarchical", "parallel", "single"] | None = None

@@ -164,7 +164,7 @@ class Scheduler:
         if self._row_cost is not None:
             self.step = self._row_cost.step(len(decoding), other_rows, num_context)
         for request in decoding:
-            request.proposed = self._proposal(request, decode)
+            request.proposed = self._proposal(request, decode, len(decoding))
             request.draft = request.proposed
         if self._row_cost is None or self.step is None:
             return
@@ -175,12 +175,13 @@ class Scheduler:
                 if request.proposed.probs:
                     request.draft = request.proposed.best(count)
 
-    def _proposal(self, request: Request, decode: Lookahead) -> Draft:
+    def _proposal(self, request: Request, decode: Lookahead, num_requests: int) -> Draft:
         room = request.max_new_tokens - len(request.answer) - 1
         if request.drafts is None or room <= 0:
             return Draft.EMPTY
         start = len(request.session)
-        limit = decode.decoding_length
+        most = self._runner.max_drafts(num_requests)
+        limit = decode.decoding_length if most is None else min(decode.decoding_length, most)
         if not self._runner.may_draft(start, start + min(room, limit)):
             return Draft.EMPTY
         steps = () if self.step is None else (self.step,)

@@ -31,6 +31,8 @@ ENVIRONMENT = "LAZYAHEAD_CUDA_GRAPHS"
 """0 records no graphs."""
 _NUM_ROWS = (1, 4, 8, 16)
 """Rows of a recorded step; others are filled up to the next."""
+MOST_RECORDED = _NUM_ROWS[-1]
+"""Rows of the largest recorded step."""
 _MULTIPLE = 8
 """Slots come in multiples of this: kernels ask it of masks."""
 _MOST_REVIVED = 4
@@ -89,7 +91,7 @@ class DecodeGraphs:
 
     def _run_alone(self, segment: Segment, prepare: Prepare) -> Tensor | None:
         watches = segment.policy.watches()
-        is_short = segment.num_rows <= _NUM_ROWS[-1]
+        is_short = segment.num_rows <= MOST_RECORDED
         if watches is None or segment.owner is None or not is_short or not _has_keys(segment):
             return None
         steps = self._known.get(segment.owner)
@@ -139,7 +141,7 @@ class _Steps:
         """The step with room for the rows of `segment`, a new one where there is none, or where
         keys and values lie elsewhere by now."""
         for kv in segment.kv:
-            kv.reserve(len(kv) + _NUM_ROWS[-1] + _MULTIPLE - 1)
+            kv.reserve(len(kv) + MOST_RECORDED + _MULTIPLE - 1)
         num_rows = next(num for num in _NUM_ROWS if num >= segment.num_rows)
         step = self._by_rows.get(num_rows)
         if step is None or not step.fits(segment, watches):

@@ -44,6 +44,10 @@ class PlainRunner:
         """Never: what was written cannot be taken back."""
         return False
 
+    def max_drafts(self, num_requests: int) -> int | None:
+        """None may be drafted."""
+        return 0
+
     @contextmanager
     def attached(self) -> Iterator[PlainRunner]:
         """Nothing to attach."""

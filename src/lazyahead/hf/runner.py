@@ -19,7 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from lazyahead.errors import LazyAheadError, OutOfMemoryError
 from lazyahead.hf.attach import attachment_of, current
 from lazyahead.hf.batch import Batch
-from lazyahead.hf.graphs import StaticSegment, graphs_of
+from lazyahead.hf.graphs import MOST_RECORDED, StaticSegment, graphs_of
 from lazyahead.hf.model_spec import ModelSpec
 from lazyahead.hf.rows import AttentionParams
 from lazyahead.hf.segment import Segment
@@ -83,6 +83,12 @@ class Runner:
         """Whether drafts up to position `end` leave the rotary tables of the root at `start` as
         they are without drafts."""
         return self._spec.rope is None or self._spec.rope.is_steady(start, end)
+
+    def max_drafts(self, num_requests: int) -> int | None:
+        """Most drafts of a request in a pass of `num_requests`; None: any number. A lone one has no
+        more than a recorded step holds."""
+        is_recorded = self._graphs is not None and num_requests == 1
+        return MOST_RECORDED - 1 if is_recorded else None
 
     @contextmanager
     def attached(self) -> Iterator[Runner]:
