@@ -47,6 +47,7 @@ _SAMPLE_HALF_LIFE = 256  # passes since the latest one
 _MAX_PASSES_WITHOUT_PLAIN = 256  # then one step is made without drafts, to know what it costs
 _NUM_PLAIN = 2  # steps without drafts before the first one with
 _NUM_KNOWN = 3.5  # samples from which on a price is used in place of a single measurement
+_CURVE_PASSES = 64  # passes that a curve is used for, at most
 
 
 def prior_for(device_type: str, dtype: str) -> RowCost:
@@ -85,21 +86,20 @@ class _CostTable:
     def __init__(self) -> None:
         self.samples = [_Samples() for _ in _EDGES]
         self.num_passes = 0
+        self.max_rows = 0
+        """Largest row count that was seen; 0: none was."""
         self._curve: RowCost | None = None
         self._curve_pass = 0
 
     def note(self, rows: int, seconds: float) -> None:
         self.num_passes += 1
+        self.max_rows = max(self.max_rows, rows)
         samples = self.samples[_place_of(rows)]
         samples.add(rows, seconds, self.num_passes)
         is_new = len(samples.latest) <= _NUM_KNOWN
-        if is_new or self.num_passes - self._curve_pass >= min(1 + self.num_passes // 8, 16):
+        max_passes = min(1 + self.num_passes // 8, _CURVE_PASSES)
+        if is_new or self.num_passes - self._curve_pass >= max_passes:
             self._curve = None
-
-    @property
-    def max_rows(self) -> int:
-        """Largest row count that was seen; 0: none was."""
-        return max((samples.typical[1] for samples in self.samples if samples.latest), default=0)
 
     def typical(self, rows: int) -> float:
         """Seconds of steps with about so many rows; 0.0 where too few were seen lately."""
@@ -117,7 +117,7 @@ class _CostTable:
         return self.num_passes - last_pass <= _MAX_PASSES_WITHOUT_PLAIN
 
     def curve(self, prior: RowCost, is_learned: bool) -> RowCost:
-        """Remade every few passes, at most 16. `is_learned` tells a prior learned over another
+        """Remade every few passes, at most 64. `is_learned` tells a prior learned over another
         context, which keeps its weight, from a stated one."""
         if self._curve is None:
             self._curve = self._make_curve(prior, is_learned)
@@ -133,6 +133,8 @@ class _CostTable:
         points = [(edge, scale * prior.seconds(edge)) for edge in _EDGES[:first]]
         points.append((rows, price))
         limit = 2 * self.max_rows
+        weights = [samples.weight(self.num_passes) for samples in self.samples]
+        known = [place for place, weight in enumerate(weights) if weight >= _NUM_KNOWN]
         num_passes = 0 if is_learned else self.num_passes
         prior_weight = _PRIOR_WEIGHT * 0.5 ** (num_passes / _PRIOR_HALF_LIFE)
         for place in range(first + 1, len(_EDGES)):
@@ -145,21 +147,15 @@ class _CostTable:
             if rows > limit:
                 price = expected
             else:
-                weight = samples.weight(self.num_passes)
-                hoped = self._hoped(place, rows, before, price)
-                total = hoped + prior_weight * expected + weight * seconds
-                price = max(price, total / (1.0 + prior_weight + weight))
+                hoped = price
+                following = next((other for other in known if other > place), None)
+                if following is not None:  # what lies on the line to a known price
+                    most, more = self.samples[following].typical
+                    hoped += max(0.0, most - price) * (rows - before) / (more - before)
+                total = hoped + prior_weight * expected + weights[place] * seconds
+                price = max(price, total / (1.0 + prior_weight + weights[place]))
             points.append((rows, price))
         return RowCost(points)
-
-    def _hoped(self, place: int, rows: int, before: int, price: float) -> float:
-        """What `rows` rows may cost where `before` rows cost `price`: as much, or, where a larger
-        row count is known, what lies on the line to its price."""
-        for samples in self.samples[place + 1 :]:
-            if samples.weight(self.num_passes) >= _NUM_KNOWN:
-                seconds, more = samples.typical
-                return price + max(0.0, seconds - price) * (rows - before) / (more - before)
-        return price
 
 
 class LearnedRowCost:
@@ -178,6 +174,7 @@ class LearnedRowCost:
         self.path = path
         self.loss_limit = LossLimit()
         self._tables: dict[int, _CostTable] = {}
+        self._best_known = _CostTable()  # of most passes: the others start from it
         self._num_notes = 0
         self._num_saved = 0
         self._lock = RLock()
@@ -186,8 +183,8 @@ class LearnedRowCost:
         """Seconds by rows over a context of so many tokens; in the prior's unit before any pass."""
         with self._lock:
             table = self._table(num_context)
-            other = self._best_known()
-            if other is table:
+            other = self._best_known
+            if other is table or not other.num_passes:
                 return table.curve(self.prior, is_learned=False)
             return table.curve(other.curve(self.prior, is_learned=False), is_learned=True)
 
@@ -208,7 +205,7 @@ class LearnedRowCost:
                 candidates,
                 step.cost,
                 step.other_rows,
-                max_rows=2 * max(base, table.max_rows, self._best_known().max_rows),
+                max_rows=2 * max(base, table.max_rows, self._best_known.max_rows),
                 max_seconds=step.cost.seconds(base) * (1.0 + self.loss_limit.balance),
             )
 
@@ -219,6 +216,8 @@ class LearnedRowCost:
         with self._lock:
             table = self._table(step.num_context)
             table.note(num_rows, seconds)
+            if table.num_passes > self._best_known.num_passes:
+                self._best_known = table
             self._num_notes += 1
             base = step.base_rows
             cost = 0.0
@@ -280,16 +279,13 @@ class LearnedRowCost:
             for samples in table.samples:
                 samples.last_pass = table.num_passes
         self._tables = tables
+        self._best_known = max(tables.values(), key=lambda table: table.num_passes)
 
     def _table(self, num_context: int) -> _CostTable:
         place = _range_of(num_context)
         if place not in self._tables:
             self._tables[place] = _CostTable()
         return self._tables[place]
-
-    def _best_known(self) -> _CostTable:
-        """The table of most passes, from which the others start."""
-        return max(self._tables.values(), key=lambda table: table.num_passes)
 
 
 def _place_of(rows: int) -> int:
