@@ -98,6 +98,13 @@ def test_a_guess_that_cannot_pay_ends_a_draft_and_free_rows_never_do():
     assert all(free.may_pay(0.01) for _ in range(8))
 
 
+def test_a_draft_of_one_request_ends_where_a_cheap_row_is_out_of_reach():
+    cost = RowCost([(1, 1.0), (2, 1.5), (20, 15.0), (40, 15.0)])
+    assert not GainTracker(Step(cost), 24).may_pay(0.4)
+    assert GainTracker(Step(cost), 48).may_pay(0.4)
+    assert GainTracker(Step(cost, num_requests=2), 24).may_pay(0.4)
+
+
 def test_nothing_is_taken_when_nothing_pays():
     assert choose([[0.5, 0.4], [0.9]], PER_ROW) == [0, 0]
     assert choose([[0.0, 0.0]], FREE) == [0]
@@ -163,13 +170,6 @@ def test_longer_matches_of_one_source_are_never_trusted_less():
         acceptance.rates(Source.PROMPT, length)[0] = 1.0 / length
     trusts = [acceptance.trust(Source.PROMPT, length) for length in (1, 2, 4, 8, 16)]
     assert all(a < b for a, b in itertools.pairwise(trusts))
-
-
-def test_tables_of_a_curve_are_its_seconds_and_the_fewest_that_a_further_row_adds():
-    cost = RowCost([(1, 1.0), (3, 1.1), (4, 2.0), (8, 3.0)])
-    seconds, least = cost.tables(20)
-    assert [seconds[n] for n in (1, 3, 4, 8, 20)] == pytest.approx([1.0, 1.1, 2.0, 3.0, 6.0])
-    assert [least[n] for n in (1, 3, 4, 8)] == pytest.approx([0.05, 0.25, 0.25, 0.25])
 
 
 def test_rows_never_cost_more_than_the_steps_they_could_go_in():

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from math import pow
+from math import inf, pow
 from typing import NamedTuple
-
-import numpy as np
 
 from lazyahead.draft.tree import ROOT, Draft, Source
 from lazyahead.errors import ConfigError
@@ -42,13 +40,13 @@ class RowCost:
             rising[rows] = min(rising[rows], -(-rows // fewer) * rising[fewer])
         object.__setattr__(self, "points", tuple(sorted(rising.items())))
 
-    def seconds(self, rows: int) -> float:
+    def seconds(self, rows: float) -> float:
         """Of one step with this many rows (1 = the last token alone)."""
-        table = self._table
-        if len(table) <= rows:  # a new list, as another thread may read the old one
-            table = self._make_table(max(rows + 1, 2 * len(table), 80))
-            self.__dict__["_table"] = table
-        return table[rows]
+        known = self._seconds
+        if rows not in known:
+            first, seconds, slope, _ = self.lines[bisect(self.points, (rows, inf))]
+            known[rows] = seconds + (rows - first) * slope
+        return known[rows]
 
     def __call__(self, rows: int) -> float:
         """Cost relative to a step of one row."""
@@ -74,35 +72,21 @@ class RowCost:
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"not a row cost: {text[:80]!r}") from error
 
-    def tables(self, rows: int) -> tuple[Sequence[float], Sequence[float]]:
-        """By rows, up to so many or more: the seconds of a step, and the fewest that any row from
-        there on adds."""
-        if len(self._least) <= rows:
-            last = max(rows, self.points[-1][0])  # from where on all rows add the same
-            self.seconds(last + 1)
-            added = np.diff(np.array(self._table[: last + 2]))
-            least = np.minimum.accumulate(added[::-1])[::-1]
-            self.__dict__["_least"] = least.tolist()
-        return self._table, self._least
+    @cached_property
+    def lines(self) -> list[tuple[int, float, float, float]]:
+        """What the curve consists of: (first row, its seconds, seconds a row, last row). One leads
+        to the first point, and one goes on beyond the last."""
+        between = [
+            (rows, seconds, (most - seconds) / (more - rows), more)
+            for (rows, seconds), (more, most) in pairwise(self.points)
+        ]
+        slope = between[-1][2] if between else 0.0
+        first = self.points[0]
+        return [(*first, 0.0, first[0]), *between, (*self.points[-1], slope, inf)]
 
     @cached_property
-    def _table(self) -> list[float]:
-        return []
-
-    @cached_property
-    def _least(self) -> list[float]:
-        return []
-
-    def _make_table(self, num_rows: int) -> list[float]:
-        """Seconds by row count, below `num_rows`."""
-        known, seconds = np.array(self.points).T
-        rows = np.arange(num_rows)
-        table = np.interp(rows, known, seconds)
-        if len(known) > 1:
-            slope = (seconds[-1] - seconds[-2]) / (known[-1] - known[-2])
-            table += slope * np.maximum(rows - known[-1], 0)
-        rising: list[float] = np.maximum.accumulate(table).tolist()  # rounding could let it fall
-        return rising
+    def _seconds(self) -> dict[float, float]:
+        return {}
 
 
 def choose(
@@ -167,22 +151,39 @@ class GainTracker:
     """
 
     def __init__(self, step: Step, max_nodes: int) -> None:
+        self._cost = step.cost
+        self._is_alone = step.num_requests == 1
         self._rows = step.base_rows
+        self._max_rows = step.base_rows + max_nodes
         self._expected = float(step.num_requests)
-        self._seconds, self._least = step.cost.tables(self._rows + max_nodes)
-        self._best_rate = self._expected / self._seconds[self._rows]
+        self._best_rate = self._expected / step.cost.seconds(self._rows)
 
     def may_pay(self, prob: float) -> bool:
         """Whether a node of this probability, or any after it, may raise tokens per second; it is
         taken if so."""
-        rows = self._rows
-        if prob <= self._best_rate * self._least[rows]:
+        rows, expected = self._rows + 1, self._expected + prob
+        rate = expected / self._cost.seconds(rows)
+        if rate > self._best_rate:
+            self._best_rate = rate
+        elif not self._may_later(rows, expected, prob):
             return False
-        self._rows = rows = rows + 1
-        self._expected = expected = self._expected + prob
-        rate = expected / self._seconds[rows]
-        self._best_rate = max(self._best_rate, rate)
+        self._rows, self._expected = rows, expected
         return True
+
+    def _may_later(self, rows: int, expected: float, prob: float) -> bool:
+        """Whether more rows than these may, were all further nodes as likely as the last one.
+
+        If any number of rows pays, then one where a line of the curve ends that rises less than
+        such nodes bring. Which one is unknown where other requests add rows.
+        """
+        for _, _, slope, end in self._cost.lines:
+            if end >= rows and prob > self._best_rate * slope:
+                if not self._is_alone:
+                    return True
+                most = min(end, self._max_rows)
+                if expected + (most - rows) * prob > self._best_rate * self._cost.seconds(most):
+                    return True
+        return False
 
 
 MAX_DEPTH = 256

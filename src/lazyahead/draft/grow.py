@@ -76,14 +76,16 @@ def grow(
     ranked = _weigh(branches, acceptance, decay)
     if mode == "parallel":
         return _depth_first(_side_by_side(ranked, max_nodes))
+    if mode == "single":
+        max_nodes = min(max_nodes, max_depth)
     gain = GainTracker(step, max_nodes) if step is not None else None
+    if mode == "single":
+        return _likeliest(ranked, acceptance, max_nodes, decay, finder, gain)
     heap: list[_Node] = []
     nodes: list[_Node] = []
     num_seen = 0
     children = _children(ranked, ROOT, 1.0, 1, 0)
     while len(nodes) < max_nodes:
-        if mode == "single":
-            del children[1:]
         if len(children) == 1 and not (heap and heap[0] < children[0]):
             node = children[0]  # along a branch, the likeliest node is the next one
         else:
@@ -111,6 +113,37 @@ def grow(
             else []
         )
     return _depth_first(nodes)
+
+
+def _likeliest(
+    through: list[Branch],
+    acceptance: Acceptance,
+    max_nodes: int,
+    decay: float,
+    finder: Finder | None,
+    gain: GainTracker | None,
+) -> Draft:
+    """The likeliest node below each, as `grow` finds it: a chain."""
+    token_ids, sources = list[int](), list[Source]()
+    match_lens, probs = list[int](), list[float]()
+    prob = 1.0
+    for depth in range(1, max_nodes + 1):
+        children = _children(through, ROOT, prob, depth, 0)
+        if not children:
+            break
+        minus_prob, _, _, _, token, through = children[0]
+        prob, lead = -minus_prob, through[0]
+        token_ids.append(token)
+        probs.append(prob)
+        sources.append(lead.source)
+        match_lens.append(lead.match_len)
+        if gain is not None and not gain.may_pay(prob):
+            break
+        if finder is not None and prob > REMATCH_PROB and depth - lead.depth >= len(lead.tokens):
+            found = finder.find(token_ids)
+            if found:
+                through = _joined(through, found, depth, acceptance, decay)
+    return Draft.unchecked(token_ids, range(ROOT, len(token_ids) - 1), sources, match_lens, probs)
 
 
 def _path(nodes: Sequence[_Node]) -> list[int]:

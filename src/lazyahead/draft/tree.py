@@ -139,7 +139,7 @@ class Draft:
 
     def within(self, depth: int) -> Self:
         """The nodes at most this deep, in the same order; the draft itself if it is no deeper."""
-        if not len(self) or max(self.depths) <= depth:
+        if len(self) <= depth or max(self.depths) <= depth:
             return self
         return self._take(
             [node for node, its_depth in enumerate(self.depths) if its_depth <= depth]
