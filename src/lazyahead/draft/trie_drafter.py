@@ -159,7 +159,7 @@ class TrieRequest:
         self._run_starts: list[int] = []
         self._recent: list[int] = []
         self._answer: list[int] = []  # and the `prompt_tokens` before it
-        self._unread: list[int] = []  # of the answer, not in `own` yet
+        self._num_indexed = 0  # of these, in `own` already
         self._num_misses = 0
         self._num_skips = 0
         self._looked_up = False
@@ -174,20 +174,20 @@ class TrieRequest:
             self._keep_prompt_end(tokens)
         else:
             self._answer += tokens
-            self._unread += tokens
 
     def _keep_prompt_end(self, tokens: Sequence[int]) -> None:
         """Of a prompt, as many last tokens as the drafter may remember in front of the answer."""
         num_kept = self._drafter.prompt_tokens
         text = [*self._answer, *tokens]
         self._answer = text[len(text) - min(num_kept, len(text)) :]
+        self._num_indexed = len(self._answer)
 
     def index(self) -> None:
         """Read what was written since the last lookup; steps without one have it only noted."""
-        if not self._unread:
-            return
-        self._index(self._unread, Source.OUTPUT)
-        self._unread = []
+        num_written = len(self._answer)
+        if num_written > self._num_indexed:
+            self._index(self._answer[self._num_indexed :], Source.OUTPUT)
+            self._num_indexed = num_written
 
     def _index(self, tokens: Sequence[int], source: Source) -> None:
         if not self._sources or self._sources[-1] is not source:
@@ -238,8 +238,9 @@ class TrieRequest:
         if remember and self._drafter.capacity_bytes:
             self._drafter.remember(self._answer, self._name)
         self.own.clear()
-        for tokens in (self._recent, self._answer, self._unread):
+        for tokens in (self._recent, self._answer):
             tokens.clear()
+        self._num_indexed = 0
         self._sources.clear()
         self._run_starts.clear()
 
