@@ -135,8 +135,7 @@ class Namespace:
         self.remember(together)
 
 
-_PATIENCE = 8  # misses in a row before lookups are skipped
-_MAX_SKIP = 7  # lookups skipped at most before one is tried
+_PATIENCE = 8  # misses in a row before the last token alone is looked up once in as many steps
 _HEADROOM = 2048  # tokens of answer that the prompt's index has room for
 _NUM_REMATCHES = 3  # occurrences looked at for a guess
 _REMATCH_LEN = 4  # a guess is looked up where this many tokens agree
@@ -146,9 +145,9 @@ _USED_MATCH_LEN = 4  # a shorter match in a remembered text does not count as a 
 class TrieRequest:
     """One running answer of a TrieDrafter.
 
-    Where drafts bring nothing any more (none found, none right, or none worth their rows), lookups
-    are skipped: after 8 such steps in a row one, then 3, then 7 before each try, until a draft
-    brings a token again.
+    Where drafts bring nothing any more (none found, none right, or none worth their rows, 8 steps
+    in a row), only the last two tokens and more are looked up, and the last one alone at every
+    eighth step, until a draft brings a token again.
     """
 
     def __init__(self, drafter: TrieDrafter, name: str) -> None:
@@ -161,8 +160,6 @@ class TrieRequest:
         self._answer: list[int] = []  # and the `prompt_tokens` before it
         self._num_indexed = 0  # of these, in `own` already
         self._num_misses = 0
-        self._num_skips = 0
-        self._looked_up = False
 
     def extend(self, tokens: Sequence[int], source: Source = Source.OUTPUT) -> None:
         if not tokens:
@@ -199,14 +196,12 @@ class TrieRequest:
         del self._recent[:-query_length]
 
     def propose(self, max_nodes: int, step: Step | None = None) -> Draft:
-        self._looked_up = self._num_skips == 0
-        if not self._looked_up:
-            self._num_skips -= 1
-            return Draft.EMPTY
         if max_nodes < 1:
             return Draft.EMPTY
         self.index()
-        branches = self._own_branches() + self._shared_branches()
+        misses = self._num_misses
+        min_length = 1 if misses < _PATIENCE or misses % _PATIENCE == 0 else 2
+        branches = self._own_branches(min_length) + self._shared_branches(min_length)
         if not branches:
             return Draft.EMPTY
         drafter, acceptance = self._drafter, self._namespace.acceptance
@@ -227,12 +222,9 @@ class TrieRequest:
         return self._read(found, len(path))
 
     def feedback(self, draft: Draft, tokens: Sequence[int]) -> None:
-        if not self._looked_up:
-            return
-        self._namespace.acceptance.learn(draft, tokens)
+        if len(draft):
+            self._namespace.acceptance.learn(draft, tokens)
         self._num_misses = 0 if len(draft) and len(tokens) > 1 else self._num_misses + 1
-        if self._num_misses >= _PATIENCE:
-            self._num_skips = min(2 ** (self._num_misses - _PATIENCE + 1) - 1, _MAX_SKIP)
 
     def stop(self, *, remember: bool = False) -> None:
         if remember and self._drafter.capacity_bytes:
@@ -244,8 +236,9 @@ class TrieRequest:
         self._sources.clear()
         self._run_starts.clear()
 
-    def _own_branches(self) -> list[Branch]:
-        return self._read(self.own.match(self._recent, self._drafter.max_matches))
+    def _own_branches(self, min_length: int) -> list[Branch]:
+        max_matches = self._drafter.max_matches
+        return self._read(self.own.match(self._recent, max_matches, min_length=min_length))
 
     def _read(self, matches: list[Match], depth: int = 0) -> list[Branch]:
         branch, sources, starts = self.own.branch, self._sources, self._run_starts
@@ -254,11 +247,12 @@ class TrieRequest:
             for at, match_len in matches
         ]
 
-    def _shared_branches(self) -> list[Branch]:
+    def _shared_branches(self, min_length: int) -> list[Branch]:
         shared = self._namespace.shared
         if shared is None or not len(shared):
             return []
-        matches = shared.match(self._recent, self._drafter.max_matches)
+        max_matches = self._drafter.max_matches
+        matches = shared.match(self._recent, max_matches, min_length=min_length)
         if matches and matches[0][1] >= _USED_MATCH_LEN:
             shared.touch(matches[0][0])
         return [
