@@ -190,6 +190,8 @@ def test_text_that_is_noted_first_and_read_later_is_guessed_from_alike(prompt, p
         eager.extend(part)
         eager.propose(8)
         late.extend(part)
+    eager.index()
+    late.index()
     assert eager.propose(32) == late.propose(32)
 
 

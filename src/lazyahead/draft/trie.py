@@ -178,17 +178,17 @@ class TokenTrie:
         suffixes.
         """
         backwards = query[: -self.query_length - 1 : -1]
-        tokens, mask, start, shift = self._tokens, self._mask, self._start, self._shift
+        start, shift = self._start, self._shift
+        least = _ORDER_OF[min_length if min_length < _LONGEST else _LONGEST]
+        shortest = ORDERS[least]
+        hashed = sum(map(mul, backwards[:shortest], _MULTIPLIERS)) & _WORD
+        if len(backwards) < shortest or self._heads[least][hashed >> shift] <= start:
+            return []  # what a long n-gram leads to, its end leads to as well
+        tokens, mask, found = self._tokens, self._mask, list[Match]()
         sums = list(
             accumulate(map(mul, backwards, _MULTIPLIERS))
         )  # a multilinear hash: that of order n is the nth
-        least = _ORDER_OF[min_length if min_length < _LONGEST else _LONGEST]
-        num_sums, found = len(sums), list[Match]()
-        if (
-            num_sums < ORDERS[least]
-            or self._heads[least][(sums[ORDERS[least] - 1] & _WORD) >> shift] <= start
-        ):
-            return found  # what a long n-gram leads to, its end leads to as well
+        num_sums = len(sums)
         shorter_than = self.query_length + 1
         for i in range(bisect(ORDERS, num_sums) - 1, least - 1, -1):
             order, older, position = (

@@ -136,6 +136,7 @@ class Namespace:
 
 
 _PATIENCE = 8  # misses in a row before the last token alone is looked up once in as many steps
+_NUM_UNREAD = 4  # tokens that are indexed together
 _HEADROOM = 2048  # tokens of answer that the prompt's index has room for
 _NUM_REMATCHES = 3  # occurrences looked at for a guess
 _REMATCH_LEN = 4  # a guess is looked up where this many tokens agree
@@ -169,8 +170,10 @@ class TrieRequest:
             self.own.reserve(len(tokens) + _HEADROOM)
             self._index(tokens, source)
             self._keep_prompt_end(tokens)
+            self._recent += tokens[-self.own.query_length :]
         else:
             self._answer += tokens
+            self._recent += tokens
 
     def _keep_prompt_end(self, tokens: Sequence[int]) -> None:
         """Of a prompt, as many last tokens as the drafter may remember in front of the answer."""
@@ -180,7 +183,7 @@ class TrieRequest:
         self._num_indexed = len(self._answer)
 
     def index(self) -> None:
-        """Read what was written since the last lookup; steps without one have it only noted."""
+        """Index what was written since the last time."""
         num_written = len(self._answer)
         if num_written > self._num_indexed:
             self._index(self._answer[self._num_indexed :], Source.OUTPUT)
@@ -191,14 +194,13 @@ class TrieRequest:
             self._sources.append(source)
             self._run_starts.append(self.own.end)
         self.own.extend(tokens)
-        query_length = self.own.query_length
-        self._recent += tokens[-query_length:]
-        del self._recent[:-query_length]
+        del self._recent[: -self.own.query_length]
 
     def propose(self, max_nodes: int, step: Step | None = None) -> Draft:
         if max_nodes < 1:
             return Draft.EMPTY
-        self.index()
+        if len(self._answer) - self._num_indexed >= _NUM_UNREAD:
+            self.index()
         misses = self._num_misses
         min_length = 1 if misses < _PATIENCE or misses % _PATIENCE == 0 else 2
         branches = self._own_branches(min_length) + self._shared_branches(min_length)
