@@ -222,10 +222,9 @@ class LearnedRowCost:
             base = step.base_rows
             cost = 0.0
             if num_rows > base:
-                curve = self.curve(step.num_context)
-                plain = curve.seconds(base)
+                plain = step.cost.seconds(base)
                 typical = table.typical(num_rows)
-                taken = typical or min(seconds, 2.0 * curve.seconds(num_rows))
+                taken = typical or min(seconds, 2.0 * step.cost.seconds(num_rows))
                 cost = max(0.0, min(taken / plain, num_rows / base) - 1.0)
             self.loss_limit.note(cost, max(0, num_tokens / step.num_requests - 1.0))
 
