@@ -27,10 +27,12 @@ NOT_EXACT = (
     "plain answers may differ where two tokens are nearly tied."
 )
 
-NO_LOOPS = (
-    "Here bfloat16 runs without compiled loops (they need AVX-512 bf16 and a C compiler, cc, gcc "
-    "or clang): a decode step takes about half as long again."
-)
+NO_LOOPS = {
+    "cpu": "Here bfloat16 runs without compiled loops (they need AVX-512 bf16 and a C compiler, "
+    "cc, gcc or clang): a decode step takes about half as long again.",
+    "cuda": "Here half precision runs without kernels of its own (they need the package triton, a "
+    "C compiler and compute capability 8.0): a decode step takes about 1.4 times as long.",
+}
 
 
 def doctor(
@@ -49,6 +51,7 @@ def doctor(
     from lazyahead.hf.native import native
     from lazyahead.hf.probe import Support, probe
     from lazyahead.hf.steady import fewest_rows, is_steady
+    from lazyahead.hf.triton_loops import DTYPES, triton_loops
     from lazyahead.reader import reader_path
 
     where: tuple[torch.device, str] = (torch.device("cpu"), str(torch.get_default_dtype()))
@@ -68,6 +71,8 @@ def doctor(
                 "exact": loaded.dtype == torch.float32 or (num_rows > 1 and is_steady()),
                 "chat_template": bool(tokenizer.chat_template),
             }
+            if loaded.device.type == "cuda" and loaded.dtype in DTYPES:
+                more["compiled_loops"] = triton_loops(next(loaded.parameters())) is not None
             if loaded.device.type == "cpu" and loaded.dtype == torch.bfloat16:
                 more["compiled_loops"] = native() is not None
                 more["int8"] = why_not() is None
@@ -83,7 +88,7 @@ def doctor(
         if not fields.get("exact", True):
             note(NOT_EXACT)
         if not fields.get("compiled_loops", True):
-            note(NO_LOOPS)
+            note(NO_LOOPS[where[0].type])
 
 
 def _support_fields(support: Support) -> dict[str, Any]:
