@@ -1,6 +1,8 @@
 """What a user of the library may hand to an LLM, and what is refused in one line."""
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -474,6 +476,18 @@ def test_a_stream_is_cancelled_by_leaving_its_block_and_by_dropping_it():
     del stream
     assert not session.in_use
     assert llm.engine.is_idle
+
+
+def test_a_stream_that_is_open_when_python_ends_says_nothing():
+    program = (
+        "from lazyahead import LLM\n"
+        "stream = LLM(prefill=None).stream([5, 6, 7, 8] * 20)\n"
+        "next(stream)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "Traceback" not in done.stderr
 
 
 def test_a_stream_that_was_never_asked_takes_nothing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
@@ -399,6 +400,7 @@ class LLM:
             if tell is not None:
                 tell(layer)
 
+        is_finalizing = sys.is_finalizing  # when Python ends, modules are gone
         try:
             with self.engine, suppress(Cancelled):
                 while not answer.is_over:
@@ -408,6 +410,7 @@ class LLM:
                     while answer.pieces:
                         yield answer.pieces.popleft()
         finally:
-            with self.engine.lock, plain_tensors():
-                self.engine.cancel(answer.request)
-            answer.end()
+            if not is_finalizing():
+                with self.engine.lock, plain_tensors():
+                    self.engine.cancel(answer.request)
+                answer.end()
