@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from math import isfinite
 
 from lazyahead.errors import ConfigError, RequestError
@@ -16,6 +17,15 @@ def check_kind(name: str, value: object, kind: type, what: str) -> None:
     """Raises RequestError for a value of another type than `kind`; `what` says where one is got."""
     if not isinstance(value, kind):
         raise RequestError(f"{name} is {what}, got {type(value).__name__} {value!r:.60}")
+
+
+def environment_flag(name: str) -> bool | None:
+    """What a variable of the environment says, 1 or 0; None where it is not set. Raises
+    ConfigError for anything else."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise ConfigError(f"{name} is 0 or 1, got {value!r}")
+    return value == "1" if value else None
 
 
 def is_number(value: object) -> bool:

@@ -58,12 +58,12 @@ def load_gguf(
     there, damaged or truncated, UnsupportedModelError for an architecture or a quantisation that
     transformers cannot read, OutOfMemoryError.
     """
-    file, scaling = check_gguf(path)
+    file, reader, scaling = check_gguf(path)
     where = {"gguf_file": file.name, "trust_remote_code": False}
     target = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **where)
-        check_tokenizer(file, tokenizer)
+        check_tokenizer(file, reader.fields, tokenizer)
         with _heard(progress):
             model = AutoModelForCausalLM.from_pretrained(
                 str(file.parent), dtype=target, attn_implementation="sdpa", **_dequantise(), **where
@@ -81,7 +81,7 @@ def load_gguf(
 
 def gguf_config(path: str | Path) -> Any:
     """The model config of a GGUF file. Raises as `load_gguf`."""
-    file, scaling = check_gguf(path)
+    file, _, scaling = check_gguf(path)
     try:
         config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
     except Exception as error:
@@ -130,9 +130,9 @@ def check_target(folder: str | Path) -> Path:
     return target
 
 
-def check_gguf(path: str | Path) -> tuple[Path, dict[str, Any] | None]:
-    """The file, found to be whole as far as its header tells, and the rotary scaling that
-    transformers leaves out, as its `rope_parameters`. Raises as `load_gguf`."""
+def check_gguf(path: str | Path) -> tuple[Path, Any, dict[str, Any] | None]:
+    """The file, found to be whole as far as its header tells, what reads it, and the rotary scaling
+    that transformers leaves out, as its `rope_parameters`. Raises as `load_gguf`."""
     file = Path(path)
     try:
         with file.open("rb") as opened:
@@ -146,7 +146,8 @@ def check_gguf(path: str | Path) -> tuple[Path, dict[str, Any] | None]:
             f"{file} is no GGUF file: it begins with {magic!r}, not {MAGIC!r}; fetch it again"
         )
     _need_extra(file)
-    return file, _check_contents(file)
+    reader = _read(file)
+    return file, reader, _check_contents(file, reader)
 
 
 def _need_extra(file: Path) -> None:
@@ -156,21 +157,26 @@ def _need_extra(file: Path) -> None:
             raise ConfigError(f"{file} needs the package {package}; pip install 'lazyahead[gguf]'")
 
 
-def _check_contents(file: Path) -> dict[str, Any] | None:
-    """Llama 3's rotary scaling, where the file has it. Raises for a damaged or truncated file, and
-    for other scaling, which would be lost."""
+def _read(file: Path) -> Any:
+    """A reader of the file: some seconds where the vocabulary is large. Raises for a damaged or
+    truncated file."""
     from gguf import GGUFReader  # an extra
 
     try:
-        reader = GGUFReader(file)
+        return GGUFReader(file)
+    except Exception as error:
+        raise _damaged(file, error) from None
+
+
+def _check_contents(file: Path, reader: Any) -> dict[str, Any] | None:
+    """Llama 3's rotary scaling, where the file has it. Raises for a damaged file, and for other
+    scaling, which would be lost."""
+    try:
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         architecture = _text(reader, "general.architecture")
         scaling = _text(reader, f"{architecture}.rope.scaling.type")
     except Exception as error:
-        reason = _first_line(error)
-        raise ModelNotFoundError(
-            f"{file} is damaged or truncated ({reason}); fetch it again"
-        ) from None
+        raise _damaged(file, error) from None
     if architecture is None or not tensors:
         raise UnsupportedModelError(
             f"{file} holds no model: no architecture or no tensors; give another file"
@@ -242,6 +248,12 @@ def _plain(
         plain.model.rotary_emb = type(plain.model.rotary_emb)(config=config)
     plain.generation_config = model.generation_config
     return plain.eval()
+
+
+def _damaged(file: Path, error: Exception) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"{file} is damaged or truncated ({_first_line(error)}); fetch it again"
+    )
 
 
 def _unsupported(file: Path, error: Exception) -> UnsupportedModelError:

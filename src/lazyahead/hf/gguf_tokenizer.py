@@ -6,7 +6,7 @@ or do not begin texts with the token the file asks for. The model then answers, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,9 @@ _SPACES = ("▁", "Ġ")
 """How vocabularies write a space."""
 
 
-def check_tokenizer(file: Path, tokenizer: Any) -> None:
-    """Lets texts begin with the token that the file asks for. Raises UnsupportedModelError where
-    words of the file's vocabulary are not read as the tokens they are."""
-    from gguf import GGUFReader  # an extra
-
-    fields = GGUFReader(file).fields
+def check_tokenizer(file: Path, fields: Mapping[str, Any], tokenizer: Any) -> None:
+    """Lets texts begin with the token that the file asks for, by its `fields`. Raises
+    UnsupportedModelError where words of its vocabulary are not read as the tokens they are."""
     words = _words(fields["tokenizer.ggml.tokens"].contents())
     found = sum(len(tokenizer.encode(word, add_special_tokens=False)) == 1 for word in words)
     if 2 * found < len(words):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lazyahead.cache.blocks import BLOCK, EXTRA
 from lazyahead.cache.kv import BLOCKED_DTYPE
-from lazyahead.errors import ConfigError
+from lazyahead.checks import environment_flag
 from lazyahead.folders import cache_folder
 
 ENVIRONMENT = "LAZYAHEAD_NATIVE"
@@ -68,11 +68,9 @@ def native(dtype: torch.dtype = BLOCKED_DTYPE) -> Native | None:
 
 @cache
 def _made() -> Native | None:
-    wanted = os.environ.get(ENVIRONMENT, "")
-    if wanted not in ("", "0", "1"):
-        raise ConfigError(f"{ENVIRONMENT} is 0 or 1, got {wanted!r}")
+    wanted = environment_flag(ENVIRONMENT)
     has = [getattr(torch.cpu, name, lambda: False) for name in _NEEDED]
-    if wanted == "0" or not all(check() for check in has):
+    if wanted is False or not all(check() for check in has):
         return None
     path = _compiled()
     if path is None:

@@ -10,7 +10,6 @@ those of 8 bits add half of it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +19,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from lazyahead.errors import ConfigError
+from lazyahead.checks import environment_flag
 from lazyahead.hf.few_rows import few_rows
 from lazyahead.hf.int8 import Int8Weights
 from lazyahead.hf.native import MOST_ROWS, Rows
@@ -72,7 +71,7 @@ def packed_of(model: nn.Module, wanted: bool | None = None) -> Packed | None:
     packed where that is not `wanted` (None: what the environment says, else where memory allows).
     Raises ConfigError."""
     if wanted is None:
-        wanted = _environment()
+        wanted = environment_flag(ENVIRONMENT)
     on_gpu = _groups(model, has_kernels) if num_ranks(model) == 1 else []
     if on_gpu:
         return _made(model, on_gpu, _gpu_product)
@@ -109,13 +108,6 @@ def _made(
     return Packed(made, _are_all(model, groups), is_int8) if made else None
 
 
-def _environment() -> bool | None:
-    value = os.environ.get(ENVIRONMENT, "")
-    if value not in ("", "0", "1"):
-        raise ConfigError(f"{ENVIRONMENT} is 0 or 1, got {value!r}")
-    return None if value == "" else value == "1"
-
-
 class Product(NamedTuple):
     """What computes the outputs, side by side, of linear layers that share an input."""
 
@@ -129,14 +121,10 @@ class Product(NamedTuple):
     """What is held on top of the plain weights."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.few is not None and _are_few(input):
+        if self.few is not None and (self.many is None or _are_few(input)):
             return self.few(input)
         assert self.many is not None
         return self.many(input)
-
-    def leaves(self, input: Tensor) -> bool:
-        """Whether each layer multiplies this by itself."""
-        return self.many is None and (torch.is_grad_enabled() or not _are_few(input))
 
 
 def _are_few(input: Tensor) -> bool:
@@ -284,9 +272,10 @@ class _Group:
 
     def _part(self, index: int) -> Callable[[Tensor], Tensor]:
         own = partial(nn.Linear.forward, self.members[index])
+        is_of_few = self.product.many is None
 
         def forward(input: Tensor) -> Tensor:
-            if self.product.leaves(input):
+            if is_of_few and (torch.is_grad_enabled() or not _are_few(input)):
                 return own(input)
             if self._input is not input or index not in self._parts:
                 parts = self.product.forward(input).split_with_sizes(self.sizes, -1)

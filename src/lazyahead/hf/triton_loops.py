@@ -9,7 +9,6 @@ Kernels are compiled when a model is loaded: whoever makes a product here has ru
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from lazyahead.errors import ConfigError
+from lazyahead.checks import environment_flag
 from lazyahead.hf.native import ENVIRONMENT, LANES, MOST_ROWS, Rows
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -51,11 +50,9 @@ def triton_loops(like: Tensor) -> TritonLoops | None:
 
 @cache
 def _made(device: torch.device, dtype: torch.dtype) -> TritonLoops | None:
-    wanted = os.environ.get(ENVIRONMENT, "")
-    if wanted not in ("", "0", "1"):
-        raise ConfigError(f"{ENVIRONMENT} is 0 or 1, got {wanted!r}")
+    wanted = environment_flag(ENVIRONMENT)
     is_amd = torch.version.hip is not None
-    if wanted == "0" or is_amd or torch.cuda.get_device_capability(device) < _OLDEST:
+    if wanted is False or is_amd or torch.cuda.get_device_capability(device) < _OLDEST:
         return None
     try:
         from lazyahead.hf import triton_kernels
